@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of the width that this file's instruction set offers, through the compiler's vector extensions: the same source
+// gives SSE, AVX2, AVX-512 or NEON code. Only kernel files include this header. Everything in it has internal linkage, so
+// that code compiled for one instruction set can never be linked into another's.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/capability.h"
+
+namespace dien_ops::cpu {
+namespace {
+
+// DIEN_OPS_KERNEL_CAPABILITY is set by CMake for each compilation of a kernel file.
+constexpr Capability kCapability = Capability::DIEN_OPS_KERNEL_CAPABILITY;
+constexpr int kVectorBytes = kCapability == Capability::avx512 ? 64 : kCapability == Capability::avx2 ? 32 : 16;
+
+template <typename T>
+struct Vec {
+    static constexpr int64_t kSize = kVectorBytes / sizeof(T);
+    typedef T Native __attribute__((vector_size(kVectorBytes)));
+
+    Native v;
+
+    Vec() : v{} {}
+    Vec(Native native) : v(native) {}
+    Vec(T scalar) : v(Native{} + scalar) {}
+
+    static Vec load(const T* p) {
+        Vec result;
+        std::memcpy(&result.v, p, sizeof(Native));
+        return result;
+    }
+    // Reads the first n elements (0 <= n <= kSize) and fills the rest with 0.
+    static Vec load(const T* p, int64_t n) {
+        if (n == kSize) return load(p);
+        Vec result;
+        for (int64_t i = 0; i < n; ++i) result.v[i] = p[i];
+        return result;
+    }
+    void store(T* p) const { std::memcpy(p, &v, sizeof(Native)); }
+    void store(T* p, int64_t n) const {
+        if (n == kSize) return store(p);
+        for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+    }
+
+    friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+    friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+    friend Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+    friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+    friend Vec operator-(Vec a) { return -a.v; }
+    Vec& operator+=(Vec b) { return *this = *this + b; }
+    Vec& operator-=(Vec b) { return *this = *this - b; }
+    Vec& operator*=(Vec b) { return *this = *this * b; }
+};
+
+// The lanes' sum, always in the same order.
+template <typename T>
+T sum(Vec<T> x) {
+    T total = 0;
+    for (int64_t i = 0; i < Vec<T>::kSize; ++i) total += x.v[i];
+    return total;
+}
+
+// A NaN in x passes through, so that bad input is seen in the result.
+template <typename T>
+Vec<T> clamp(Vec<T> x, T low, T high) {
+    const Vec<T> l(low), h(high);
+    const Vec<T> raised = l.v > x.v ? l.v : x.v;
+    return h.v < raised.v ? h.v : raised.v;
+}
+
+// positive ? a : b, lane by lane, where "positive" is x > 0.
+template <typename T>
+Vec<T> where_positive(Vec<T> x, Vec<T> a, Vec<T> b) {
+    return x.v > 0 ? a.v : b.v;
+}
+
+// The parts of a float format that exp needs.
+template <typename T>
+struct ExpTraits;
+
+template <>
+struct ExpTraits<float> {
+    using Bits = int32_t;
+    static constexpr int kMantissaBits = 23, kBias = 127, kTerms = 7;  // Taylor remainder 5e-9 at |r| = ln(2)/2
+    static constexpr float kLowest = -87.0f, kHighest = 88.0f;
+    static constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.428606765330187e-06f;
+    static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+};
+
+template <>
+struct ExpTraits<double> {
+    using Bits = int64_t;
+    static constexpr int kMantissaBits = 52, kBias = 1023, kTerms = 13;  // Taylor remainder 4e-18
+    static constexpr double kLowest = -708.0, kHighest = 709.0;
+    static constexpr double kLn2High = 0.693147180369123816490, kLn2Low = 1.90821492927058770002e-10;
+    static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+};
+
+// exp(x) = scale * (1 + tail) with scale a power of two and tail = expm1(r), |r| <= ln(2)/2.
+template <typename T>
+struct ExpParts {
+    Vec<T> scale, tail;
+};
+
+template <typename T>
+ExpParts<T> exp_parts(Vec<T> x) {
+    using Traits = ExpTraits<T>;
+    using Bits = typename Traits::Bits;
+    typedef Bits BitsVec __attribute__((vector_size(kVectorBytes)));
+    const Vec<T> clamped = clamp(x, Traits::kLowest, Traits::kHighest);
+    const Vec<T> shifted = clamped * Vec<T>(T(1.4426950408889634)) + Vec<T>(Traits::kRound);
+    const Vec<T> n = shifted - Vec<T>(Traits::kRound);
+    const Vec<T> r = clamped - n * Vec<T>(Traits::kLn2High) - n * Vec<T>(Traits::kLn2Low);
+
+    // expm1(r) = r (1 + r/2 (1 + r/3 (1 + ...))), from the innermost bracket outwards
+    Vec<T> series(T(1));
+    for (int k = Traits::kTerms; k >= 2; --k) series = Vec<T>(T(1)) + series * r * Vec<T>(T(1) / T(k));
+
+    const BitsVec exponent = __builtin_convertvector(n.v, BitsVec) + Traits::kBias;
+    ExpParts<T> parts;
+    const BitsVec scale_bits = exponent << Traits::kMantissaBits;
+    std::memcpy(&parts.scale.v, &scale_bits, sizeof(scale_bits));
+    parts.tail = series * r;
+    return parts;
+}
+
+template <typename T>
+Vec<T> exp(Vec<T> x) {
+    const ExpParts<T> e = exp_parts(x);
+    return e.scale + e.scale * e.tail;
+}
+
+template <typename T>
+Vec<T> sigmoid(Vec<T> x) {
+    return Vec<T>(T(1)) / (Vec<T>(T(1)) + exp(-x));
+}
+
+// tanh(x) = expm1(2x) / (expm1(2x) + 2): no cancellation near 0. Beyond |x| = 20 the result is 1 in both precisions.
+template <typename T>
+Vec<T> tanh(Vec<T> x) {
+    const Vec<T> bounded = clamp(x, T(-20), T(20));
+    const ExpParts<T> e = exp_parts(bounded + bounded);
+    const Vec<T> expm1 = e.scale * e.tail + (e.scale - Vec<T>(T(1)));
+    return expm1 / (expm1 + Vec<T>(T(2)));
+}
+
+}  // namespace
+}  // namespace dien_ops::cpu

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every torch-facing file needs: checks that say what came, allocation, raw pointers, threads. LibTorch stable ABI only.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace dien_ops::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Throws std::runtime_error (RuntimeError in Python) with the arguments joined as the message.
+template <typename... Args>
+void check(bool condition, const Args&... message) {
+    if (condition) return;
+    std::ostringstream text;
+    (text << ... << message);
+    throw std::runtime_error(text.str());
+}
+
+inline std::string to_string(const std::vector<int64_t>& sizes) {
+    std::string text = "[";
+    for (size_t i = 0; i < sizes.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(sizes[i]);
+    return text + "]";
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
+inline void check_sizes(const Tensor& t, const char* argument, const std::vector<int64_t>& expected) {
+    const std::vector<int64_t> got = sizes_of(t);
+    check(got == expected, argument, " must have shape ", to_string(expected), ", got ", to_string(got));
+}
+
+// t, as a contiguous CPU tensor of the given type; its shape is checked first.
+inline Tensor checked(const Tensor& t, const char* argument, const std::vector<int64_t>& expected, ScalarType dtype) {
+    check_sizes(t, argument, expected);
+    check(t.is_cpu(), argument, " must be on the CPU as the other arguments are");
+    check(t.scalar_type() == dtype, argument, " must have the dtype of the other arguments");
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline OptionalTensor checked(const OptionalTensor& t, const char* argument, const std::vector<int64_t>& expected,
+                              ScalarType dtype) {
+    return t.has_value() ? OptionalTensor(checked(*t, argument, expected, dtype)) : std::nullopt;
+}
+
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) { return torch::stable::empty(sizes, dtype); }
+
+inline Tensor zeros(const std::vector<int64_t>& sizes, ScalarType dtype) {
+    Tensor t = empty(sizes, dtype);
+    torch::stable::zero_(t);
+    return t;
+}
+
+template <typename T>
+const T* pointer(const Tensor& t) {
+    return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <typename T>
+const T* pointer(const OptionalTensor& t) {
+    return t.has_value() ? pointer<T>(*t) : nullptr;
+}
+
+template <typename T>
+T* mutable_pointer(const Tensor& t) {
+    return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// The valid steps of each of the batch's rows: lengths checked to lie in 0..steps, or steps for every row where none came.
+inline std::vector<int64_t> read_lengths(const OptionalTensor& lengths, int64_t batch, int64_t steps) {
+    std::vector<int64_t> result(batch, steps);
+    if (!lengths.has_value()) return result;
+    check_sizes(*lengths, "lengths", {batch});
+    const ScalarType dtype = lengths->scalar_type();
+    check(dtype == ScalarType::Int || dtype == ScalarType::Long, "lengths must be int32 or int64");
+    const Tensor dense = lengths->is_contiguous() ? *lengths : torch::stable::contiguous(*lengths);
+    for (int64_t b = 0; b < batch; ++b) {
+        result[b] = dtype == ScalarType::Int ? pointer<int32_t>(dense)[b] : pointer<int64_t>(dense)[b];
+        check(result[b] >= 0 && result[b] <= steps, "lengths must be in 0..", steps, " (T), got ", result[b], " at row ", b);
+    }
+    return result;
+}
+
+// Calls f with a value of the C++ type that stands for dtype.
+template <typename F>
+void with_floating_type(ScalarType dtype, const char* argument, F&& f) {
+    if (dtype == ScalarType::Float) return f(float{});
+    if (dtype == ScalarType::Double) return f(double{});
+    check(false, argument, " must be float32 or float64");
+}
+
+using torch::stable::parallel_for;
+
+}  // namespace dien_ops::ops

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks. Each names the argument, what was expected and what came, and raises what torch raises for it:
+``TypeError`` for a wrong Python type, ``ValueError`` for a wrong rank, dtype or name, ``RuntimeError`` for a wrong size or device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SUPPORTED_DTYPES = (torch.float32, torch.float64)
+
+
+def tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+
+
+def supported(name: str, value: Tensor) -> None:
+    """The first tensor of a call: its device and dtype are what all others must share."""
+    tensor(name, value)
+    if value.device.type == "cuda":
+        raise RuntimeError(
+            f"{name} is on {value.device}, and this version of dien_ops has no CUDA kernels: move the tensors and "
+            f"the module to the CPU with .cpu()"
+        )
+    if value.device.type not in ("cpu", "meta"):
+        raise RuntimeError(f"{name} must be on the CPU, got {value.device}")
+    if value.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(f"{name} must be float32 or float64, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def matches(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    """Each of the others that is given has the reference's dtype and device."""
+    for name, value in others.items():
+        if value is None:
+            continue
+        tensor(name, value)
+        if value.dtype != reference.dtype:
+            raise ValueError(
+                f"{name} must have the dtype of {reference_name}: expected {reference.dtype}, got {value.dtype}"
+            )
+        same_device(reference_name, reference, name, value)
+
+
+def same_device(reference_name: str, reference: Tensor, name: str, value: Tensor) -> None:
+    if value.device != reference.device:
+        raise RuntimeError(
+            f"{name} must be on the device of {reference_name}: expected {reference.device}, got {value.device}"
+        )
+
+
+def rank(name: str, value: Tensor, *allowed: int) -> None:
+    if value.dim() not in allowed:
+        expected = " or ".join(f"{dim}-D" for dim in allowed)
+        raise ValueError(f"{name} must be {expected}, got {value.dim()}-D of shape {list(value.shape)}")
+
+
+def shape(name: str, value: Tensor | None, expected: Sequence[int], meaning: str) -> None:
+    """The exact shape; meaning names its axes, as in ``"[B, H]"``."""
+    if value is not None and list(value.shape) != list(expected):
+        raise RuntimeError(f"{name} must have shape {list(expected)} {meaning}, got {list(value.shape)}")
+
+
+def lengths(value: Tensor | None, batch: int, device: torch.device) -> None:
+    """Type, shape and device; the values 0..T are checked by the operator before it computes anything."""
+    if value is None:
+        return
+    tensor("lengths", value)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"lengths must be int32 or int64, got {str(value.dtype).removeprefix('torch.')}")
+    shape("lengths", value, [batch], "[B]")
+    if value.device != device:
+        raise RuntimeError(f"lengths must be on the device of the input: expected {device}, got {value.device}")
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drives CMake: configure, build with Ninja, install the native libraries into the package. Metadata: pyproject.toml."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def package_version() -> str:
+    text = (ROOT / "pyproject.toml").read_text()
+    found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
+    assert found, "pyproject.toml has no version"
+    return found[1]
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{os.environ.get('DIEN_OPS_SANITIZE', '0')}"
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "--log-level=STATUS",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DDIEN_OPS_VERSION={package_version()}",
+            f"-DDIEN_OPS_SANITIZE={'ON' if os.environ.get('DIEN_OPS_SANITIZE') == '1' else 'OFF'}",
+            f"-DCMAKE_INSTALL_PREFIX={package}",
+        ]  # fmt: skip
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+        subprocess.run(["cmake", "--install", str(build)], check=True)
+
+
+setup(ext_modules=[Extension("dien_ops._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
