@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
         "Tensor? bias_hh, Tensor? lengths, str gate, bool reset_after, bool batch_first, bool reverse, bool save_gates) "
         "-> (Tensor output, Tensor h_n, Tensor gates)");
     m.def(
-        "gru_backward(Tensor grad_output, Tensor grad_h_n, Tensor input, Tensor? attention, Tensor? hx, Tensor weight_ih, "
+        "gru_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor? attention, Tensor? hx, Tensor weight_ih, "
         "Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? lengths, Tensor output, Tensor gates, str gate, "
         "bool reset_after, bool batch_first, bool reverse) "
         "-> (Tensor grad_input, Tensor grad_attention, Tensor grad_hx, Tensor grad_weight_ih, Tensor grad_weight_hh, "

@@ -9,7 +9,6 @@ import torch
 
 _CPU_LIBRARY = Path(__file__).with_name("libdien_ops_cpu.so")
 _OLDEST_TORCH = (2, 10)
-_REBUILD = "rebuild it against the torch that runs: pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def load() -> None:
@@ -30,9 +29,13 @@ def load() -> None:
 
     try:
         _C.cpu_capability()
+    except RuntimeError as error:
+        raise ImportError(f"dien_ops: {error}") from None
+    try:
         torch.ops.load_library(_CPU_LIBRARY)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise ImportError(
             f"dien_ops was built with torch {_C.built_with_torch} and cannot be loaded by torch {torch.__version__}: "
-            f"{error}. Either correct what the message names or {_REBUILD}"
+            f"{error}. To rebuild it against the torch that runs: "
+            f"pip install --no-build-isolation --force-reinstall --no-deps ."
         ) from error

@@ -4,7 +4,7 @@
 //
 // The caller has grouped the mini-batch by id, so a segment is one row of the table with the gradient rows that fall on it.
 // A thread takes a range of segments and needs no lock: no two segments share a row. For each of them
-//   1. the gradient rows are summed, in the order of their positions in the batch, into scratch (a lone one is read in place);
+//   1. the gradient rows are summed, in the order of their positions in the batch, into a buffer (a lone one is read in place);
 //   2. the decay is added;
 //   3. the rule reads and writes the row of the weight and of its own state.
 // Everything between 1 and 3 is one row long and stays in the first-level cache, so memory sees each gradient row read once
@@ -17,6 +17,7 @@
 
 #include <cmath>
 
+#include "cpu/scratch.h"
 #include "cpu/simd.h"
 
 namespace dien_ops::cpu {
@@ -114,8 +115,9 @@ void sum_gradient_rows(const T* const* rows, int64_t count, int64_t dim, T* sum)
 }
 
 template <Capability C, typename T, template <typename> class Rule>
-void update_rows(const TableUpdate<T>& update, const Rule<T>& rule, T* scratch, int64_t begin, int64_t end) {
+void update_rows(const TableUpdate<T>& update, const Rule<T>& rule, int64_t begin, int64_t end) {
     const int64_t dim = update.dim;
+    const Scratch<T> gradient(dim);
     for (int64_t s = begin; s < end; ++s) {
         if (s + kSegmentsAhead < end) {
             const Segment<T>& ahead = update.segments[s + kSegmentsAhead];
@@ -125,27 +127,28 @@ void update_rows(const TableUpdate<T>& update, const Rule<T>& rule, T* scratch, 
         }
         const Segment<T>& segment = update.segments[s];
         const T* const* rows = update.gradient_rows + segment.first;
+        T* g = gradient;
         T* w = update.weight + segment.row * dim;
         const T* sum = rows[0];
         if (segment.count > 1) {
-            sum_gradient_rows<C>(rows, segment.count, dim, scratch);
-            sum = scratch;
+            sum_gradient_rows<C>(rows, segment.count, dim, gradient);
+            sum = gradient;
         }
 #pragma GCC ivdep
-        for (int64_t d = 0; d < dim; ++d) scratch[d] = sum[d] + segment.decay * w[d];
-        apply(rule, segment.row, dim, scratch, w);
+        for (int64_t d = 0; d < dim; ++d) g[d] = sum[d] + segment.decay * w[d];
+        apply(rule, segment.row, dim, g, w);
     }
 }
 
 template void sum_gradient_rows<kCapability>(const float* const*, int64_t, int64_t, float*);
 template void sum_gradient_rows<kCapability>(const double* const*, int64_t, int64_t, double*);
-template void update_rows<kCapability>(const TableUpdate<float>&, const Sgd<float>&, float*, int64_t, int64_t);
-template void update_rows<kCapability>(const TableUpdate<double>&, const Sgd<double>&, double*, int64_t, int64_t);
-template void update_rows<kCapability>(const TableUpdate<float>&, const Adagrad<float>&, float*, int64_t, int64_t);
-template void update_rows<kCapability>(const TableUpdate<double>&, const Adagrad<double>&, double*, int64_t, int64_t);
-template void update_rows<kCapability>(const TableUpdate<float>&, const RowwiseAdagrad<float>&, float*, int64_t, int64_t);
-template void update_rows<kCapability>(const TableUpdate<double>&, const RowwiseAdagrad<double>&, double*, int64_t, int64_t);
-template void update_rows<kCapability>(const TableUpdate<float>&, const Adam<float>&, float*, int64_t, int64_t);
-template void update_rows<kCapability>(const TableUpdate<double>&, const Adam<double>&, double*, int64_t, int64_t);
+template void update_rows<kCapability>(const TableUpdate<float>&, const Sgd<float>&, int64_t, int64_t);
+template void update_rows<kCapability>(const TableUpdate<double>&, const Sgd<double>&, int64_t, int64_t);
+template void update_rows<kCapability>(const TableUpdate<float>&, const Adagrad<float>&, int64_t, int64_t);
+template void update_rows<kCapability>(const TableUpdate<double>&, const Adagrad<double>&, int64_t, int64_t);
+template void update_rows<kCapability>(const TableUpdate<float>&, const RowwiseAdagrad<float>&, int64_t, int64_t);
+template void update_rows<kCapability>(const TableUpdate<double>&, const RowwiseAdagrad<double>&, int64_t, int64_t);
+template void update_rows<kCapability>(const TableUpdate<float>&, const Adam<float>&, int64_t, int64_t);
+template void update_rows<kCapability>(const TableUpdate<double>&, const Adam<double>&, int64_t, int64_t);
 
 }  // namespace dien_ops::cpu

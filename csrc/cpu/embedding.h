@@ -64,8 +64,8 @@ struct Adam {
 template <Capability C, typename T>
 void sum_gradient_rows(const T* const* rows, int64_t count, int64_t dim, T* sum);
 
-// Updates the rows of the segments begin .. end - 1. scratch[D] is the caller's, one per thread.
+// Updates the rows of the segments begin .. end - 1.
 template <Capability C, typename T, template <typename> class Rule>
-void update_rows(const TableUpdate<T>& update, const Rule<T>& rule, T* scratch, int64_t begin, int64_t end);
+void update_rows(const TableUpdate<T>& update, const Rule<T>& rule, int64_t begin, int64_t end);
 
 }  // namespace dien_ops::cpu

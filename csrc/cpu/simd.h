@@ -16,10 +16,26 @@ namespace {
 constexpr Capability kCapability = Capability::DIEN_OPS_KERNEL_CAPABILITY;
 constexpr int kVectorBytes = kCapability == Capability::avx512 ? 64 : kCapability == Capability::avx2 ? 32 : 16;
 
+// The compiler's vector types. Written out: GCC cannot tell a dependent vector type from its element type.
+template <typename T>
+struct NativeVector;
+
+template <>
+struct NativeVector<float> {
+    typedef float Floats __attribute__((vector_size(kVectorBytes)));
+    typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+};
+
+template <>
+struct NativeVector<double> {
+    typedef double Floats __attribute__((vector_size(kVectorBytes)));
+    typedef int64_t Bits __attribute__((vector_size(kVectorBytes)));
+};
+
 template <typename T>
 struct Vec {
     static constexpr int64_t kSize = kVectorBytes / sizeof(T);
-    typedef T Native __attribute__((vector_size(kVectorBytes)));
+    using Native = typename NativeVector<T>::Floats;
 
     Native v;
 
@@ -83,7 +99,6 @@ struct ExpTraits;
 
 template <>
 struct ExpTraits<float> {
-    using Bits = int32_t;
     static constexpr int kMantissaBits = 23, kBias = 127, kTerms = 7;  // Taylor remainder 5e-9 at |r| = ln(2)/2
     static constexpr float kLowest = -87.0f, kHighest = 88.0f;
     static constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.428606765330187e-06f;
@@ -92,7 +107,6 @@ struct ExpTraits<float> {
 
 template <>
 struct ExpTraits<double> {
-    using Bits = int64_t;
     static constexpr int kMantissaBits = 52, kBias = 1023, kTerms = 13;  // Taylor remainder 4e-18
     static constexpr double kLowest = -708.0, kHighest = 709.0;
     static constexpr double kLn2High = 0.693147180369123816490, kLn2Low = 1.90821492927058770002e-10;
@@ -108,8 +122,7 @@ struct ExpParts {
 template <typename T>
 ExpParts<T> exp_parts(Vec<T> x) {
     using Traits = ExpTraits<T>;
-    using Bits = typename Traits::Bits;
-    typedef Bits BitsVec __attribute__((vector_size(kVectorBytes)));
+    using Bits = typename NativeVector<T>::Bits;
     const Vec<T> clamped = clamp(x, Traits::kLowest, Traits::kHighest);
     const Vec<T> shifted = clamped * Vec<T>(T(1.4426950408889634)) + Vec<T>(Traits::kRound);
     const Vec<T> n = shifted - Vec<T>(Traits::kRound);
@@ -119,9 +132,9 @@ ExpParts<T> exp_parts(Vec<T> x) {
     Vec<T> series(T(1));
     for (int k = Traits::kTerms; k >= 2; --k) series = Vec<T>(T(1)) + series * r * Vec<T>(T(1) / T(k));
 
-    const BitsVec exponent = __builtin_convertvector(n.v, BitsVec) + Traits::kBias;
+    const Bits exponent = __builtin_convertvector(n.v, Bits) + Traits::kBias;
     ExpParts<T> parts;
-    const BitsVec scale_bits = exponent << Traits::kMantissaBits;
+    const Bits scale_bits = exponent << Traits::kMantissaBits;
     std::memcpy(&parts.scale.v, &scale_bits, sizeof(scale_bits));
     parts.tail = series * r;
     return parts;

@@ -53,9 +53,10 @@ Tensor auxiliary_logits(const Tensor& states, const Tensor& positives, const Ten
         const auto inputs = sequences.inputs<T>();
         T* out = mutable_pointer<T>(logits);
         cpu::with_capability([&](auto capability) {
-            parallel_for(0, sequences.batch, sequences.grain(), [&](int64_t begin, int64_t end) {
+            const auto rows = [&](int64_t begin, int64_t end) {
                 cpu::auxiliary_logits<capability()>(inputs, out, begin, end);
-            });
+            };
+            parallel_ranges(sequences.batch, rows, sequences.grain());
         });
     });
     return logits;
@@ -76,10 +77,11 @@ std::tuple<Tensor, Tensor, Tensor> auxiliary_logits_backward(const Tensor& grad_
         T* out_positives = mutable_pointer<T>(grad_positives);
         T* out_negatives = mutable_pointer<T>(grad_negatives);
         cpu::with_capability([&](auto capability) {
-            parallel_for(0, sequences.batch, sequences.grain(), [&](int64_t begin, int64_t end) {
+            const auto rows = [&](int64_t begin, int64_t end) {
                 cpu::auxiliary_logits_backward<capability()>(inputs, pointer<T>(grad), out_states, out_positives, out_negatives,
                                                              begin, end);
-            });
+            };
+            parallel_ranges(sequences.batch, rows, sequences.grain());
         });
     });
     return {grad_states, grad_positives, grad_negatives};
@@ -121,10 +123,11 @@ Tensor auxiliary_loss(const Tensor& logits, const OptionalTensor& lengths, int64
         using T = decltype(type);
         std::vector<double> row_losses(pairs.batch);
         cpu::with_capability([&](auto capability) {
-            parallel_for(0, pairs.batch, pairs.grain(), [&](int64_t begin, int64_t end) {
+            const auto rows = [&](int64_t begin, int64_t end) {
                 cpu::auxiliary_loss<capability()>(pointer<T>(pairs.logits), pairs.lengths.data(), pairs.pairs, row_losses.data(),
                                                   begin, end);
-            });
+            };
+            parallel_ranges(pairs.batch, rows, pairs.grain());
         });
         double total = 0;
         for (const double row_loss : row_losses) total += row_loss;
@@ -144,10 +147,11 @@ Tensor auxiliary_loss_backward(const Tensor& grad_loss, const Tensor& logits, co
         const T scale = T(*pointer<T>(grad) / denominator);
         T* out = mutable_pointer<T>(grad_logits);
         cpu::with_capability([&](auto capability) {
-            parallel_for(0, pairs.batch, pairs.grain(), [&](int64_t begin, int64_t end) {
+            const auto rows = [&](int64_t begin, int64_t end) {
                 cpu::auxiliary_loss_backward<capability()>(pointer<T>(pairs.logits), pairs.lengths.data(), pairs.pairs, scale, out,
                                                            begin, end);
-            });
+            };
+            parallel_ranges(pairs.batch, rows, pairs.grain());
         });
     });
     return grad_logits;

@@ -58,10 +58,10 @@ void update_table(const Arguments& arguments, MakeRule&& make_rule) {
         };
         const int64_t rows_per_thread = 1 + (1 << 14) / std::max<int64_t>(dim, 1);
         cpu::with_capability([&](auto capability) {
-            parallel_for(0, static_cast<int64_t>(batch.gradient_rows.size()), rows_per_thread, [&](int64_t begin, int64_t end) {
-                std::vector<T> scratch(dim);
-                cpu::update_rows<capability()>(update, rule, scratch.data(), segment_at(begin), segment_at(end));
-            });
+            const auto update_range = [&](int64_t begin, int64_t end) {
+                cpu::update_rows<capability()>(update, rule, segment_at(begin), segment_at(end));
+            };
+            parallel_ranges(static_cast<int64_t>(batch.gradient_rows.size()), update_range, rows_per_thread);
         });
     });
 }

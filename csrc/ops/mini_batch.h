@@ -85,7 +85,7 @@ inline void sort_by_id(std::vector<Occurrence>& occurrences, int64_t num_embeddi
     constexpr int kDigitBits = 11;
     constexpr int64_t kDigits = int64_t{1} << kDigitBits, kPerBlock = 1 << 14;
     const int64_t n = static_cast<int64_t>(occurrences.size());
-    const int64_t blocks = (n + kPerBlock - 1) / kPerBlock;
+    const int64_t blocks = divide_up(n, kPerBlock);
     std::vector<Occurrence> sorted(n);
     std::vector<std::array<int64_t, kDigits>> offsets(blocks);  // where a block's next occurrence of each digit goes
     for (int shift = 0; shift < 63 && (num_embeddings - 1) >> shift > 0; shift += kDigitBits) {
@@ -93,20 +93,16 @@ inline void sort_by_id(std::vector<Occurrence>& occurrences, int64_t num_embeddi
         const auto for_block = [&](int64_t block, auto&& f) {
             for (int64_t i = block * kPerBlock; i < std::min(n, (block + 1) * kPerBlock); ++i) f(occurrences[i]);
         };
-        parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t block = begin; block < end; ++block) {
-                offsets[block].fill(0);
-                for_block(block, [&](const Occurrence& o) { ++offsets[block][digit(o)]; });
-            }
+        parallel_tasks(blocks, [&](int64_t block) {
+            offsets[block].fill(0);
+            for_block(block, [&](const Occurrence& o) { ++offsets[block][digit(o)]; });
         });
         int64_t total = 0;
         for (int64_t d = 0; d < kDigits; ++d) {
             for (auto& offset : offsets) total += std::exchange(offset[d], total);
         }
-        parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t block = begin; block < end; ++block) {
-                for_block(block, [&](const Occurrence& o) { sorted[offsets[block][digit(o)]++] = o; });
-            }
+        parallel_tasks(blocks, [&](int64_t block) {
+            for_block(block, [&](const Occurrence& o) { sorted[offsets[block][digit(o)]++] = o; });
         });
         occurrences.swap(sorted);
     }
@@ -124,14 +120,14 @@ template <typename T>
 void set_decay(std::vector<cpu::Segment<T>>& segments, const Counts& counts, double l2) {
     constexpr int64_t kPerThread = 1 << 12;
     std::atomic<bool> positive = true;
-    const int64_t n = static_cast<int64_t>(segments.size());
-    parallel_for(0, n, kPerThread, [&](int64_t begin, int64_t end) {
+    const auto set_range = [&](int64_t begin, int64_t end) {
         for (int64_t s = begin; s < end; ++s) {
             const double count = counts[segments[s].row];
             if (!(count > 0)) positive = false;
             segments[s].decay = T(l2 / count);
         }
-    });
+    };
+    parallel_ranges(static_cast<int64_t>(segments.size()), set_range, kPerThread);
     if (positive) return;
     for (const auto& segment : segments) counts.check_positive(segment.row);
 }
@@ -158,11 +154,8 @@ void shorten_segments(MiniBatch<T>& batch, int64_t dim) {
     const auto sum_of = [&](int64_t piece) { return batch.partial_sums.data() + piece * dim; };
     const int64_t n = static_cast<int64_t>(pieces.size());
     cpu::with_capability([&](auto capability) {
-        parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t p = begin; p < end; ++p) {
-                cpu::sum_gradient_rows<capability()>(batch.gradient_rows.data() + pieces[p].first, pieces[p].count, dim,
-                                                     sum_of(p));
-            }
+        parallel_tasks(n, [&](int64_t p) {
+            cpu::sum_gradient_rows<capability()>(batch.gradient_rows.data() + pieces[p].first, pieces[p].count, dim, sum_of(p));
         });
     });
     for (int64_t p = 0; p < n; ++p) batch.gradient_rows[pieces[p].target] = sum_of(p);

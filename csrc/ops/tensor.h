@@ -7,8 +7,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -102,6 +103,24 @@ void with_floating_type(ScalarType dtype, const char* argument, F&& f) {
     check(false, argument, " must be float32 or float64");
 }
 
-using torch::stable::parallel_for;
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls f(i) once for each i in 0..count-1 from several threads; whichever is free takes the next i.
+template <typename F>
+void parallel_tasks(int64_t count, const F& f) {
+    std::atomic<int64_t> next = 0;
+    const int64_t workers = std::min<int64_t>(count, torch::stable::get_num_threads());
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t worker = begin; worker < end; ++worker) {
+            for (int64_t i = next++; i < count; i = next++) f(i);
+        }
+    });
+}
+
+// Calls f(begin, end) on disjoint ranges that cover 0..count-1, one for each thread, none shorter than grain if it can be.
+template <typename F>
+void parallel_ranges(int64_t count, const F& f, int64_t grain = 1) {
+    torch::stable::parallel_for(0, count, grain, f);
+}
 
 }  // namespace dien_ops::ops

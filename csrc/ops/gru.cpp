@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+// The recurrent column between torch and the kernels: checks, allocation, threads.
+#include "cpu/gru.h"
+
+#include <algorithm>
+#include <numeric>
+#include <tuple>
+
+#include "ops/tensor.h"
+
+namespace dien_ops::ops {
+namespace {
+
+using cpu::GruBackward;
+using cpu::GruForward;
+using cpu::GruProblem;
+
+Gate parse_gate(const std::string& name) {
+    if (name == "none") return Gate::none;
+    if (name == "input") return Gate::input;
+    if (name == "replace") return Gate::replace;
+    if (name == "paper") return Gate::paper;
+    if (name == "authors") return Gate::authors;
+    throw std::runtime_error("gate must be one of none, input, replace, paper, authors; got " + name);
+}
+
+// The tensors of a call, checked and contiguous, and the layout they are in. Owns what a GruProblem borrows.
+struct Arguments {
+    int64_t B, C, T, I, H;
+    bool several;  // attention has a target axis
+    Gate gate;
+    bool reset_after, reverse, batch_first;
+    ScalarType dtype;
+    Tensor input, weight_ih, weight_hh;
+    OptionalTensor attention, hx, bias_ih, bias_hh;
+    std::vector<int64_t> lengths, order;
+
+    std::vector<int64_t> with_time(const std::vector<int64_t>& batch_axes, const std::vector<int64_t>& last) const {
+        std::vector<int64_t> sizes = batch_axes;
+        sizes.insert(batch_first ? sizes.end() : sizes.begin(), T);
+        sizes.insert(sizes.end(), last.begin(), last.end());
+        return sizes;
+    }
+    std::vector<int64_t> rows() const { return several ? std::vector{B, C} : std::vector{B}; }
+    std::vector<int64_t> state_sizes() const {
+        std::vector<int64_t> sizes = rows();
+        sizes.push_back(H);
+        return sizes;
+    }
+    std::vector<int64_t> output_sizes() const { return with_time(rows(), {H}); }
+    std::vector<int64_t> attention_sizes() const { return with_time(rows(), {}); }
+    std::vector<int64_t> gates_sizes() const { return {B, C, T, (reset_after ? 4 : 3) * H}; }
+    std::vector<int64_t> projected_sizes() const { return {B, T, 3 * H}; }
+};
+
+Arguments read_arguments(const Tensor& input, const OptionalTensor& attention, const OptionalTensor& hx, const Tensor& weight_ih,
+                         const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+                         const OptionalTensor& lengths, const std::string& gate, bool reset_after, bool batch_first,
+                         bool reverse) {
+    Arguments a;
+    a.gate = parse_gate(gate);
+    a.reset_after = reset_after;
+    a.reverse = reverse;
+    a.batch_first = batch_first;
+    a.dtype = input.scalar_type();
+    check(input.dim() == 3, "input must be 3-D, got shape ", to_string(sizes_of(input)));
+    check(weight_hh.dim() == 2, "weight_hh must be 2-D, got shape ", to_string(sizes_of(weight_hh)));
+    check(attention.has_value() == (a.gate != Gate::none), "attention must be given for every gate but none");
+    a.B = input.size(batch_first ? 0 : 1);
+    a.T = input.size(batch_first ? 1 : 0);
+    a.I = input.size(2);
+    a.H = weight_hh.size(1);
+    a.several = attention.has_value() && attention->dim() == 3;
+    a.C = a.several ? attention->size(batch_first ? 1 : 2) : 1;
+    a.input = checked(input, "input", sizes_of(input), a.dtype);
+    a.attention = checked(attention, "attention", a.attention_sizes(), a.dtype);
+    a.hx = checked(hx, "hx", a.state_sizes(), a.dtype);
+    a.weight_ih = checked(weight_ih, "weight_ih", {3 * a.H, a.I}, a.dtype);
+    a.weight_hh = checked(weight_hh, "weight_hh", {3 * a.H, a.H}, a.dtype);
+    a.bias_ih = checked(bias_ih, "bias_ih", {3 * a.H}, a.dtype);
+    a.bias_hh = checked(bias_hh, "bias_hh", {3 * a.H}, a.dtype);
+    a.lengths = read_lengths(lengths, a.B, a.T);
+    a.order.resize(a.B * a.C);
+    std::iota(a.order.begin(), a.order.end(), 0);
+    std::stable_sort(a.order.begin(), a.order.end(),
+                     [&](int64_t x, int64_t y) { return a.lengths[x / a.C] > a.lengths[y / a.C]; });
+    return a;
+}
+
+template <typename T>
+GruProblem<T> problem(const Arguments& a) {
+    GruProblem<T> p{};
+    p.batch = a.B, p.targets = a.C, p.steps = a.T, p.input_size = a.I, p.hidden_size = a.H;
+    p.gate = a.gate, p.reset_after = a.reset_after, p.reverse = a.reverse;
+    p.input = pointer<T>(a.input);
+    p.attention = pointer<T>(a.attention);
+    p.hx = pointer<T>(a.hx);
+    p.weight_ih = pointer<T>(a.weight_ih);
+    p.weight_hh = pointer<T>(a.weight_hh);
+    p.bias_ih = pointer<T>(a.bias_ih);
+    p.bias_hh = pointer<T>(a.bias_hh);
+    p.lengths = a.lengths.data();
+    p.order = a.order.data();
+    if (a.batch_first) {  // [B, T, I], [B, C, T], [B, C, T, H]
+        p.input_stride_b = a.T * a.I, p.input_stride_t = a.I;
+        p.attention_stride_b = a.C * a.T, p.attention_stride_c = a.T, p.attention_stride_t = 1;
+        p.output_stride_b = a.C * a.T * a.H, p.output_stride_c = a.T * a.H, p.output_stride_t = a.H;
+    } else {  // [T, B, I], [T, B, C], [T, B, C, H]
+        p.input_stride_b = a.I, p.input_stride_t = a.B * a.I;
+        p.attention_stride_b = a.C, p.attention_stride_c = 1, p.attention_stride_t = a.B * a.C;
+        p.output_stride_b = a.C * a.H, p.output_stride_c = a.H, p.output_stride_t = a.B * a.C * a.H;
+    }
+    // Small enough that every thread has a tile and the tile's states stay in the first caches; whole register tiles.
+    constexpr int64_t kLargest = 32, kSmallest = 8;
+    const int64_t share = divide_up(p.rows(), torch::stable::get_num_threads());
+    p.tile_rows = std::clamp(divide_up(share, kSmallest) * kSmallest, kSmallest, kLargest);
+    return p;
+}
+
+// W x for every valid step, and the packed weights that it and the forward sweep need.
+template <cpu::Capability kTarget, typename T>
+void project_input(GruForward<T>& p, const Tensor& projected, Tensor& packed, ScalarType dtype) {
+    packed = empty({cpu::gru_forward_packed_size<kTarget, T>(p.input_size, p.hidden_size)}, dtype);
+    p.packed = mutable_pointer<T>(packed);
+    p.projected = mutable_pointer<T>(projected);
+    cpu::gru_forward_pack<kTarget>(p);
+    parallel_tasks(p.batch, [&](int64_t b) { cpu::gru_project_input<kTarget>(p, b, b + 1); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& input, const OptionalTensor& attention, const OptionalTensor& hx,
+                                       const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                                       const OptionalTensor& bias_hh, const OptionalTensor& lengths, const std::string& gate,
+                                       bool reset_after, bool batch_first, bool reverse, bool save_gates) {
+    const Arguments a = read_arguments(input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, gate, reset_after,
+                                       batch_first, reverse);
+    const Tensor output = empty(a.output_sizes(), a.dtype), h_n = empty(a.state_sizes(), a.dtype);
+    const Tensor gates = empty(save_gates ? a.gates_sizes() : std::vector<int64_t>{0}, a.dtype);
+    with_floating_type(a.dtype, "input", [&](auto zero) {
+        using T = decltype(zero);
+        GruForward<T> p{problem<T>(a)};
+        p.output = mutable_pointer<T>(output);
+        p.h_n = mutable_pointer<T>(h_n);
+        p.gates = save_gates ? mutable_pointer<T>(gates) : nullptr;
+        const Tensor projected = empty(a.projected_sizes(), a.dtype);
+        cpu::with_capability([&](auto target) {
+            Tensor packed;
+            project_input<target()>(p, projected, packed, a.dtype);
+            parallel_tasks(p.tiles(), [&](int64_t tile) { cpu::gru_forward_sweep<target()>(p, tile, tile + 1); });
+        });
+    });
+    return {output, h_n, gates};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
+    const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const Tensor& input, const OptionalTensor& attention,
+    const OptionalTensor& hx, const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+    const OptionalTensor& bias_hh, const OptionalTensor& lengths, const Tensor& output, const Tensor& gates,
+    const std::string& gate, bool reset_after, bool batch_first, bool reverse) {
+    const Arguments a = read_arguments(input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, gate, reset_after,
+                                       batch_first, reverse);
+    const OptionalTensor dense_grad_output = checked(grad_output, "grad_output", a.output_sizes(), a.dtype);
+    const OptionalTensor dense_grad_h_n = checked(grad_h_n, "grad_h_n", a.state_sizes(), a.dtype);
+    const Tensor dense_output = checked(output, "output", a.output_sizes(), a.dtype);
+    const Tensor dense_gates = checked(gates, "gates", a.gates_sizes(), a.dtype);
+
+    const std::vector<int64_t> none = {0};
+    const Tensor grad_input = empty(sizes_of(a.input), a.dtype), grad_hx = empty(a.state_sizes(), a.dtype);
+    const Tensor grad_attention = empty(attention.has_value() ? a.attention_sizes() : none, a.dtype);
+    const Tensor grad_weight_ih = zeros({3 * a.H, a.I}, a.dtype), grad_weight_hh = zeros({3 * a.H, a.H}, a.dtype);
+    const Tensor grad_bias_ih = zeros({3 * a.H}, a.dtype), grad_bias_hh = zeros({3 * a.H}, a.dtype);
+    with_floating_type(a.dtype, "input", [&](auto zero) {
+        using T = decltype(zero);
+        GruBackward<T> p{problem<T>(a)};
+        p.output = pointer<T>(dense_output);
+        p.gates = pointer<T>(dense_gates);
+        p.grad_output = pointer<T>(dense_grad_output);
+        p.grad_h_n = pointer<T>(dense_grad_h_n);
+        p.grad_input = mutable_pointer<T>(grad_input);
+        p.grad_attention = attention.has_value() ? mutable_pointer<T>(grad_attention) : nullptr;
+        p.grad_hx = mutable_pointer<T>(grad_hx);
+        p.grad_weight_ih = mutable_pointer<T>(grad_weight_ih);
+        p.grad_weight_hh = mutable_pointer<T>(grad_weight_hh);
+        p.grad_bias_ih = mutable_pointer<T>(grad_bias_ih);
+        p.grad_bias_hh = mutable_pointer<T>(grad_bias_hh);
+
+        const bool scaled = a.gate == Gate::input;
+        const Tensor grad_gates = empty(a.gates_sizes(), a.dtype);
+        const Tensor projected = empty(scaled ? a.projected_sizes() : none, a.dtype);
+        const Tensor grad_projected = empty(scaled || a.C != 1 ? a.projected_sizes() : none, a.dtype);
+        p.grad_gates = mutable_pointer<T>(grad_gates);
+        p.projected = scaled ? pointer<T>(projected) : nullptr;
+        p.grad_projected = scaled || a.C != 1 ? mutable_pointer<T>(grad_projected) : nullptr;
+        cpu::with_capability([&](auto target) {
+            if (scaled) {
+                GruForward<T> forward{problem<T>(a)};
+                Tensor forward_packed;
+                project_input<target()>(forward, projected, forward_packed, a.dtype);
+            }
+            const Tensor packed = empty({cpu::gru_backward_packed_size<target(), T>(a.I, a.H)}, a.dtype);
+            p.packed = mutable_pointer<T>(packed);
+            cpu::gru_backward_pack<target()>(p);
+            parallel_tasks(p.tiles(), [&](int64_t tile) { cpu::gru_backward_sweep<target()>(p, tile, tile + 1); });
+            parallel_tasks(p.batch, [&](int64_t b) { cpu::gru_backward_input<target()>(p, b, b + 1); });
+            parallel_ranges(3 * a.H, [&](int64_t begin, int64_t end) {
+                cpu::gru_backward_weights<target()>(p, begin, end);
+            });
+        });
+    });
+    const Tensor absent = empty(none, a.dtype);
+    return {grad_input,     grad_attention, hx.has_value() ? grad_hx : absent,           grad_weight_ih,
+            grad_weight_hh, bias_ih.has_value() ? grad_bias_ih : absent, bias_hh.has_value() ? grad_bias_hh : absent};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dien_ops, CPU, m) {
+    m.impl("gru", TORCH_BOX(&gru));
+    m.impl("gru_backward", TORCH_BOX(&gru_backward));
+}
+
+}  // namespace dien_ops::ops
