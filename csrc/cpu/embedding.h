@@ -58,6 +58,7 @@ struct Adam {
     T* exp_avg_sq;  // [num_embeddings, D]
     int64_t* step;  // [num_embeddings]
     double lr, beta1, beta2, eps;
+    double log_beta1, log_beta2;  // what beta^t is computed from
 };
 
 // sum[D] = rows[0] + rows[1] + ... + rows[count - 1], in this order; count >= 1.

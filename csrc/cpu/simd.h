@@ -151,13 +151,19 @@ Vec<T> sigmoid(Vec<T> x) {
     return Vec<T>(T(1)) / (Vec<T>(T(1)) + exp(-x));
 }
 
-// tanh(x) = expm1(2x) / (expm1(2x) + 2): no cancellation near 0. Beyond |x| = 20 the result is 1 in both precisions.
+// exp(x) - 1 without cancellation near 0.
+template <typename T>
+Vec<T> expm1(Vec<T> x) {
+    const ExpParts<T> e = exp_parts(x);
+    return e.scale * e.tail + (e.scale - Vec<T>(T(1)));
+}
+
+// tanh(x) = expm1(2x) / (expm1(2x) + 2). Beyond |x| = 20 the result is 1 in both precisions.
 template <typename T>
 Vec<T> tanh(Vec<T> x) {
     const Vec<T> bounded = clamp(x, T(-20), T(20));
-    const ExpParts<T> e = exp_parts(bounded + bounded);
-    const Vec<T> expm1 = e.scale * e.tail + (e.scale - Vec<T>(T(1)));
-    return expm1 / (expm1 + Vec<T>(T(2)));
+    const Vec<T> e = expm1(bounded + bounded);
+    return e / (e + Vec<T>(T(2)));
 }
 
 }  // namespace

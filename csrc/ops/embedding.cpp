@@ -3,6 +3,7 @@
 // has changed nothing.
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "ops/mini_batch.h"
@@ -101,7 +102,7 @@ void mba_adam_(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
         return cpu::Adam<T>{state_pointer<T>(exp_avg, "exp_avg", sizes_of(weight), dtype),
                             state_pointer<T>(exp_avg_sq, "exp_avg_sq", sizes_of(weight), dtype),
                             state_pointer<int64_t>(step, "step", {weight.size(0)}, ScalarType::Long),
-                            lr, beta1, beta2, eps};
+                            lr, beta1, beta2, eps, std::log(beta1), std::log(beta2)};
     });
 }
 
