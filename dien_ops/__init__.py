@@ -1,4 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Hand-written kernels for the operators of DIN and DIEN in PyTorch."""
+
 from dien_ops import _library
 
 _library.load()
+
+from dien_ops import _C, functional, reference  # noqa: E402
+from dien_ops.gru import AGRU, AIGRU, AUGRU, GRU  # noqa: E402
+
+__version__: str = _C.version
+__all__ = ["AGRU", "AIGRU", "AUGRU", "GRU", "functional", "reference"]

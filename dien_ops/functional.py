@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators as functions. :mod:`dien_ops.reference` has the same names and signatures in plain PyTorch."""
+
+from dien_ops.gru import attentional_gru, gru
+
+__all__ = ["attentional_gru", "gru"]
