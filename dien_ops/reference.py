@@ -307,26 +307,29 @@ def auxiliary_loss(
     reduction: str = "paper",
 ) -> Tensor:
     """L_aux of DIEN eq. 6 over whole sequences; see :func:`dien_ops.functional.auxiliary_loss`."""
-    batch, steps = states.shape[:2]
-    h, e, e_hat = states[:, :-1], positives[:, 1:], negatives[:, 1:]
     if callable(scorer):
-        clicked, sampled = scorer(h, e), scorer(h, e_hat)
+        h, e, e_hat = states[:, :-1], positives[:, 1:], negatives[:, 1:]
+        logits = torch.stack([scorer(h, e), scorer(h, e_hat)], dim=1)
     else:
-        clicked, sampled = (h * e).sum(-1), (h * e_hat).sum(-1)
-    return _loss_of_logits(clicked, sampled, lengths, batch, steps, reduction)
+        logits = _auxiliary_logits(states, positives, negatives, lengths)
+    return _loss_of_logits(logits, lengths, states.size(1), reduction)
 
 
-def _loss_of_logits(
-    clicked: Tensor,  # [B, T - 1]
-    sampled: Tensor,  # [B, T - 1]
-    lengths: Tensor | None,
-    batch: int,
-    steps: int,
-    reduction: str,
-) -> Tensor:
+def _auxiliary_logits(
+    states: Tensor, positives: Tensor, negatives: Tensor, lengths: Tensor | None
+) -> Tensor:  # [B, 2, T - 1]: of the clicked and of the sampled items; 0 in padding
+    h, e, e_hat = states[:, :-1], positives[:, 1:], negatives[:, 1:]
+    logits = torch.stack([(h * e).sum(-1), (h * e_hat).sum(-1)], dim=1)
+    valid = _valid_steps(lengths, *states.shape[:2], states.device)[:, 1:]
+    return torch.where(valid.unsqueeze(1), logits, 0.0)
+
+
+def _loss_of_logits(logits: Tensor, lengths: Tensor | None, steps: int, reduction: str) -> Tensor:
+    batch = logits.size(0)
+    clicked, sampled = logits.unbind(1)
     # -log sigma(x) = softplus(-x) and -log(1 - sigma(x)) = softplus(x): never log(0)
     losses = F.softplus(-clicked) + F.softplus(sampled)
-    valid = _valid_steps(lengths, batch, steps, clicked.device)[:, 1:]
+    valid = _valid_steps(lengths, batch, steps, logits.device)[:, 1:]
     total = torch.where(valid, losses, 0.0).sum()
     if reduction == "paper":
         return total / max(batch, 1)
