@@ -128,12 +128,10 @@ class _MBAOptimizer(Optimizer):
                         f"parameter of shape {list(weight.shape)}: give dense parameters to an optimizer of torch.optim"
                     )
                 self._check_layout(weight)
-                counts, padding_idx = _counts_and_padding(tables.get(id(weight), []))
-                if group["counts"] is not None:
-                    counts = group["counts"]
-                batches.append(
-                    _MiniBatch(weight, grad._indices()[0], grad._values(), counts, padding_idx, group)
-                )
+                owned_by = tables.get(id(weight), [])
+                counts = group["counts"] if group["counts"] is not None else _counts_of(owned_by)
+                ids, values = grad._indices()[0], grad._values()
+                batches.append(_MiniBatch(weight, ids, values, counts, _padding_of(owned_by), group))
         return batches
 
     def _check_layout(self, weight: Tensor) -> None:
@@ -147,16 +145,21 @@ class _MBAOptimizer(Optimizer):
                 raise RuntimeError(f"{name} must be contiguous: it is updated in place")
 
 
-def _counts_and_padding(tables: list[MBAEmbedding]) -> tuple[Tensor | None, int | None]:
+def _counts_of(tables: list[MBAEmbedding]) -> Tensor | None:
     """Those of the tables that own a weight; mostly there is one table or none."""
     counts = [table.counts for table in tables if table.counts is not None]
     if any(other is not counts[0] for other in counts[1:]):
         raise RuntimeError(
-            f"{len(tables)} MBAEmbeddings share a weight of shape {list(tables[0].weight.shape)} and have counts of their "
-            f"own: pass the optimizer the counts to use"
+            f"{len(tables)} MBAEmbeddings share a weight of shape {list(tables[0].weight.shape)} and have "
+            f"counts of their own: pass the optimizer the counts to use"
         )
-    padding = {table.padding_idx for table in tables if table.padding_idx is not None}
-    return counts[0] if counts else None, padding.pop() if len(padding) == 1 else None
+    return counts[0] if counts else None
+
+
+def _padding_of(tables: list[MBAEmbedding]) -> int | None:
+    """The padding row of the tables that own a weight; a row that is padding to some of them only is data."""
+    padding = {table.padding_idx for table in tables}
+    return padding.pop() if len(padding) == 1 else None
 
 
 class MBASGD(_MBAOptimizer):
