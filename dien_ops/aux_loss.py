@@ -121,25 +121,27 @@ def auxiliary_loss(
         L_{aux} = -\frac{1}{N} \sum_{i=1}^N \sum_{t=1}^{n_i - 1}
             \log \sigma(h_t^i, e_{t+1}^i) + \log (1 - \sigma(h_t^i, \hat e_{t+1}^i))
 
-    The three sequences are given whole; state t is paired with item t + 1 here, so the caller shifts nothing. The
-    loss is computed from logits and never forms a sigmoid that could saturate: it is finite for all finite input.
+    The three sequences are given whole; state t is paired with item t + 1 here, so the caller shifts nothing.
+    The loss is computed from logits and never forms a sigmoid that could saturate: it is finite for all
+    finite input.
 
     Args:
         states: [B, T, H], the interest extractor's outputs.
         positives: [B, T, E], the behaviours' embeddings, the same sequence that the extractor read.
-        negatives: [B, T, E], an item that was not clicked for each of them. The first item of both is not used.
+        negatives: [B, T, E], an item that was not clicked for each of them. The first of both is not used.
         lengths: [B], int32 or int64, each in 0..T. Rows of length 0 and 1 have no pair and contribute 0.
-        scorer: ``"inner"``, the inner product of state and item (H = E), or a function of states [B, T-1, H] and items
-            [B, T-1, E] that gives logits [B, T-1]; it is called once for each of the two sequences of items, with zeros in
-            place of the padding.
-        reduction: ``"paper"`` divides the sum over all pairs by B (eq. 6), ``"mean"`` by the number of pairs, ``"authors"``
-            by B (T - 1), padding included, as the released code does.
+        scorer: ``"inner"``, the inner product of state and item (H = E), or a function of states [B, T-1, H]
+            and items [B, T-1, E] that gives logits [B, T-1]; it is called once for each of the two sequences
+            of items, with zeros in place of the padding.
+        reduction: ``"paper"`` divides the sum over all pairs by B (eq. 6), ``"mean"`` by the number of pairs,
+            ``"authors"`` by B (T - 1), padding included, as the released code does.
 
     Returns:
         The loss, a scalar; 0 where there is no pair.
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument has the wrong type; rank, dtype or name; size, device or value.
+        TypeError, ValueError, RuntimeError: an argument has the wrong type; rank, dtype or name; size, device
+            or value.
 
     Example:
         >>> states, clicked, sampled = torch.randn(3, 2, 5, 8).unbind()
@@ -162,8 +164,8 @@ def auxiliary_loss(
         _checks.one_of("scorer", scorer, ("inner",))
         if positives.shape[2] != width:
             raise ValueError(
-                f'scorer="inner" needs items as wide as states, got H={width} and E={positives.shape[2]}: give a scorer '
-                f"that takes both"
+                f'scorer="inner" needs items as wide as states, got H={width} and E={positives.shape[2]}: '
+                f"give a scorer that takes both"
             )
         logits = torch.ops.dien_ops.auxiliary_logits(states, positives, negatives, lengths)
     loss: Tensor = torch.ops.dien_ops.auxiliary_loss(logits, lengths, steps, reduction)
@@ -192,13 +194,15 @@ def _logits_of(
 
 
 class AuxiliaryLoss(nn.Module):
-    """The auxiliary loss of DIEN eq. 6 as a module, which owns its scorer: see :func:`dien_ops.functional.auxiliary_loss`.
+    """The auxiliary loss of DIEN eq. 6 as a module, which owns its scorer: see
+    :func:`dien_ops.functional.auxiliary_loss`.
 
     Args:
         scorer: ``"inner"``, or a module (states [..., H], items [..., E]) -> logits [...].
         reduction: ``"paper"``, ``"mean"`` or ``"authors"``.
 
-    Shapes: states [B, T, H], positives and negatives [B, T, E] (whole sequences), lengths [B]; the result is a scalar.
+    Shapes: states [B, T, H], positives and negatives [B, T, E] (whole sequences), lengths [B]; the result is
+    a scalar.
 
     Raises:
         TypeError, ValueError, RuntimeError: as the function.

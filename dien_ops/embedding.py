@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedding column: sparse updates with mini-batch aware L2 (DIN eq. 6-7), and the embedding that counts its ids."""
+"""Sparse updates of embedding tables with mini-batch aware L2 (DIN eq. 6-7), and a table that counts ids."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def fraction(name: str, value: float) -> None:
 
 
 def check_counts(counts: Tensor | None, weight: Tensor) -> None:
-    """Type, shape and device; that the counts met are positive is checked by the operator before it writes."""
+    """Type, shape and device; that they are positive is checked by the operator, where a batch meets them."""
     if counts is None:
         return
     _checks.tensor("counts", counts)
@@ -56,9 +56,7 @@ def _normalized(padding_idx: int | None, num_embeddings: int) -> int | None:
     if padding_idx is None:
         return None
     if not -num_embeddings <= padding_idx < num_embeddings:
-        raise ValueError(
-            f"padding_idx must be in {-num_embeddings}..{num_embeddings - 1} (num_embeddings), got {padding_idx}"
-        )
+        raise ValueError(f"padding_idx must be in {-num_embeddings}..{num_embeddings - 1}, got {padding_idx}")
     return padding_idx % num_embeddings
 
 
@@ -72,7 +70,7 @@ def _mini_batch(
     padding_idx: int | None,
     **states: Tensor | None,  # of the weight's dtype; their shapes are checked by the operator
 ) -> tuple[Tensor, Tensor, Tensor | None, int | None]:
-    """Checks what all updates share; ids and gradient flattened together, counts, and padding_idx in 0..N-1."""
+    """Checks what all updates share. Returns ids [N], grad [N, D], counts, and padding_idx counted from 0."""
     _checks.supported("weight", weight)
     _checks.rank("weight", weight, 2)
     _checks.matches("weight", weight, grad=grad, **states)
@@ -116,12 +114,12 @@ def mba_sgd_(
 
     with :math:`g_j` the sum of the gradient rows whose id is j, :math:`\eta` = lr, :math:`\lambda` = l2, and
     :math:`n_j` = counts[j]. With a momentum buffer b: :math:`b_j \leftarrow` momentum :math:`b_j + g_j +
-    \frac{\lambda}{n_j} w_j` and :math:`w_j \leftarrow w_j - \eta b_j`. Rows whose id is not in the mini-batch, and their
-    momentum, keep their bits: the cost grows with the mini-batch, never with the table. The result is the same bits
-    however many threads run.
+    \frac{\lambda}{n_j} w_j` and :math:`w_j \leftarrow w_j - \eta b_j`. Rows whose id is not in the
+    mini-batch, and their momentum, keep their bits: the cost grows with the mini-batch, never with the table.
+    The result is the same bits however many threads run.
 
-    It needs no sparse tensor, so it also works where a model was compiled: look the rows up, differentiate with respect to
-    the rows, and pass their gradient on (see the example).
+    It needs no sparse tensor, so it also works where a model was compiled: look the rows up, differentiate
+    with respect to the rows, and pass their gradient on (see the example).
 
     Args:
         weight: [num_embeddings, D], contiguous, float32 or float64.
@@ -129,14 +127,16 @@ def mba_sgd_(
         grad: [\*ids.shape, D], the gradient of each looked-up row. Any strides.
         lr: learning rate, >= 0.
         l2: :math:`\lambda`, >= 0; 0 is plain sparse SGD.
-        counts: [num_embeddings], int32, int64, float32 or float64: in how many instances of the training set each id
-            occurs (:meth:`dien_ops.MBAEmbedding.count_`). Positive for every id of the mini-batch. 1 for all where None.
+        counts: [num_embeddings], int32, int64, float32 or float64: in how many instances of the training set
+            each id occurs (:meth:`dien_ops.MBAEmbedding.count_`). Positive for every id of the mini-batch. 1
+            for all where None.
         padding_idx: an id whose row is never changed, whatever its gradient.
         momentum_buffer: [num_embeddings, D], updated in place; needed where momentum is not 0.
         momentum: in [0, 1).
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument has the wrong type; dtype, rank or value; size or device.
+        TypeError, ValueError, RuntimeError: an argument has the wrong type; dtype, rank or value; size or
+            device.
         RuntimeError: an id is out of range, or the count of an id of the mini-batch is not positive.
         Nothing has been written where an error is raised.
 
@@ -169,9 +169,10 @@ def mba_adagrad_(
 ) -> None:
     r"""Updates an embedding table by Adagrad with mini-batch aware L2, in place.
 
-    For every id j of the mini-batch, once, with :math:`g_j` the summed gradient plus :math:`\frac{\lambda}{n_j} w_j` (DIN
-    eq. 7): :math:`s_j \leftarrow s_j + g_j^2` and :math:`w_j \leftarrow w_j - \eta g_j / (\sqrt{s_j} + \epsilon)`.
-    With l2 = 0 it is :class:`torch.optim.Adagrad` on a sparse gradient.
+    For every id j of the mini-batch, once, with :math:`g_j` the summed gradient plus
+    :math:`\frac{\lambda}{n_j} w_j` (DIN eq. 7): :math:`s_j \leftarrow s_j + g_j^2` and :math:`w_j \leftarrow
+    w_j - \eta g_j / (\sqrt{s_j} + \epsilon)`. With l2 = 0 it is :class:`torch.optim.Adagrad` on a sparse
+    gradient.
 
     Args:
         weight, ids, grad, lr, l2, counts, padding_idx: as in :func:`mba_sgd_`.
@@ -206,8 +207,8 @@ def mba_rowwise_adagrad_(
 ) -> None:
     r"""Updates an embedding table by row-wise Adagrad with mini-batch aware L2, in place.
 
-    :func:`mba_adagrad_` with one accumulator per row: :math:`s_j \leftarrow s_j + \text{mean}_d\, g_{jd}^2`. The state is
-    as small as the table has rows.
+    :func:`mba_adagrad_` with one accumulator per row: :math:`s_j \leftarrow s_j + \text{mean}_d\, g_{jd}^2`.
+    The state is as small as the table has rows.
 
     Args:
         weight, ids, grad, lr, l2, counts, padding_idx: as in :func:`mba_sgd_`.
@@ -219,7 +220,8 @@ def mba_rowwise_adagrad_(
 
     Example:
         >>> weight, ids = torch.randn(1000, 8), torch.tensor([3, 7, 3])
-        >>> dien_ops.functional.mba_rowwise_adagrad_(weight, torch.zeros(1000), ids, torch.randn(3, 8), lr=0.1)
+        >>> sums, grad = torch.zeros(1000), torch.randn(3, 8)
+        >>> dien_ops.functional.mba_rowwise_adagrad_(weight, sums, ids, grad, lr=0.1)
     """
     batch = _mini_batch(weight, ids, grad, lr, l2, counts, padding_idx, state_sum=state_sum)
     non_negative("eps", eps)
@@ -245,17 +247,19 @@ def mba_adam_(
 ) -> None:
     r"""Updates an embedding table by lazy Adam with mini-batch aware L2, in place.
 
-    For every id j of the mini-batch, once, with :math:`g_j` the summed gradient plus :math:`\frac{\lambda}{n_j} w_j` (DIN
-    eq. 7) and :math:`t_j` the number of updates of row j, this one included:
+    For every id j of the mini-batch, once, with :math:`g_j` the summed gradient plus
+    :math:`\frac{\lambda}{n_j} w_j` (DIN eq. 7) and :math:`t_j` the number of updates of row j, this one
+    included:
 
     .. math::
         m_j &\leftarrow \beta_1 m_j + (1 - \beta_1) g_j \\
         v_j &\leftarrow \beta_2 v_j + (1 - \beta_2) g_j^2 \\
-        w_j &\leftarrow w_j - \eta \frac{m_j / (1 - \beta_1^{t_j})}{\sqrt{v_j / (1 - \beta_2^{t_j})} + \epsilon}
+        w_j &\leftarrow w_j - \eta \frac{m_j / (1 - \beta_1^{t_j})}{\sqrt{v_j / (1 - \beta_2^{t_j})} +
+        \epsilon}
 
-    The moments of absent rows stand still, and each row's bias is corrected by its own :math:`t_j`: a rare id's first update
-    is as long as any other's. (:class:`torch.optim.SparseAdam` corrects by the number of steps of the whole table, which
-    shortens it.)
+    The moments of absent rows stand still, and each row's bias is corrected by its own :math:`t_j`: a rare
+    id's first update is as long as any other's. (:class:`torch.optim.SparseAdam` corrects by the number of
+    steps of the whole table, which shortens it.)
 
     Args:
         weight, ids, grad, lr, l2, counts, padding_idx: as in :func:`mba_sgd_`.
@@ -291,35 +295,37 @@ _living: weakref.WeakSet[MBAEmbedding] = weakref.WeakSet()
 
 
 class MBAEmbedding(nn.Embedding):
-    r"""An embedding table for mini-batch aware L2 (DIN eq. 6-7): :class:`torch.nn.Embedding` whose gradient is sparse and
-    which knows how often each id occurs in the training set.
+    r"""An embedding table for mini-batch aware L2 (DIN eq. 6-7): :class:`torch.nn.Embedding` whose gradient
+    is sparse and which knows how often each id occurs in the training set.
 
-    The optimizers of :mod:`dien_ops.optim` find the table that owns a weight by themselves, take its ``counts`` as
-    :math:`n_j` and leave its padding row alone. That holds after ``load_state_dict``, ``copy.deepcopy``, pickling, and
-    moving or replacing the weight: they look for the living module whose ``weight`` the parameter is.
+    The optimizers of :mod:`dien_ops.optim` find the table that owns a weight by themselves, take its
+    ``counts`` as :math:`n_j` and leave its padding row alone. That holds after ``load_state_dict``,
+    ``copy.deepcopy``, pickling, and moving or replacing the weight: they look for the living module whose
+    ``weight`` the parameter is.
 
-    torch cannot compile the backward of a sparse gradient. A model in training is compiled around the table, or uses
-    :func:`dien_ops.functional.mba_sgd_` and its like; inference compiles.
+    torch cannot compile the backward of a sparse gradient. A model in training is compiled around the table,
+    or uses :func:`dien_ops.functional.mba_sgd_` and its like; inference compiles.
 
     Args:
         num_embeddings: rows of the table, ids are 0..num_embeddings-1.
         embedding_dim: D.
         padding_idx: an id whose row starts as zeros, gets no gradient, is not counted and never changes.
-        counts: [num_embeddings], integer or floating point: :math:`n_j`, copied. None until :meth:`count_` is called, and
-            as long as it is None the optimizers take :math:`n_j = 1`.
+        counts: [num_embeddings], integer or floating point: :math:`n_j`, copied. None until :meth:`count_` is
+            called, and as long as it is None the optimizers take :math:`n_j = 1`.
         device, dtype: of the weight.
 
     Attributes:
         weight: [num_embeddings, D], initialised as in torch.nn.Embedding.
-        counts: a buffer, int64 (float64 where floating point counts were given) or None. It is saved in the state_dict
-            once it is there, and loading one that has it creates it.
+        counts: a buffer, int64 (float64 where floating point counts were given) or None. It is saved in the
+            state_dict once it is there, and loading one that has it creates it.
 
     Raises:
         IndexError: an id is out of range.
 
     Example:
         >>> items = dien_ops.MBAEmbedding(1000, 18, padding_idx=0)
-        >>> for target, history in [(torch.tensor([3, 5]), torch.tensor([[7, 3, 7], [8, 0, 0]]))]:  # the training set
+        >>> training_set = [(torch.tensor([3, 5]), torch.tensor([[7, 3, 7], [8, 0, 0]]))]
+        >>> for target, history in training_set:
         ...     _ = items.count_(torch.cat([target.unsqueeze(1), history], dim=1))
         >>> items.counts[[0, 3, 5, 7, 8]]
         tensor([0, 1, 1, 1, 1])
@@ -383,13 +389,14 @@ class MBAEmbedding(nn.Embedding):
     def count_(self, ids: Tensor, *, occurrences: bool = False) -> Self:
         r"""Adds a piece of the training set to ``counts``: call it for each piece, in any order, once.
 
-        :math:`n_j` is the number of instances (training samples) that hold id j: only then does the decay of one pass over
-        the training set add up to the L2 term of DIN eq. 4. An instance's ids must come in one call, those of the target and
-        of the history together where they share this table, so that an id in both counts once.
+        :math:`n_j` is the number of instances (training samples) that hold id j: only then does the decay of
+        one pass over the training set add up to the L2 term of DIN eq. 4. An instance's ids must come in one
+        call, those of the target and of the history together where they share this table, so that an id in
+        both counts once.
 
         Args:
-            ids: int32 or int64, [B] or [B, L]: row i holds the ids of instance i, repeated in any way. The padding id is
-                not counted.
+            ids: int32 or int64, [B] or [B, L]: row i holds the ids of instance i, repeated in any way. The
+                padding id is not counted.
             occurrences: count every occurrence instead, ids of any shape: what a vocabulary file holds.
 
         Raises:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers for embedding tables with mini-batch aware L2 (DIN eq. 6-7). The update rules: :mod:`dien_ops.functional`.
+"""Optimizers for embedding tables with mini-batch aware L2 (DIN eq. 6-7). The update rules:
+:mod:`dien_ops.functional`.
 
-They take sparse gradients only, those of :class:`dien_ops.MBAEmbedding` or any ``torch.nn.Embedding(sparse=True)``; dense
-parameters go to an optimizer of :mod:`torch.optim` beside it. Each row of a mini-batch is updated once, rows that are not in
-it keep their bits, and a step's cost grows with the mini-batch, never with the table.
+They take sparse gradients only, those of :class:`dien_ops.MBAEmbedding` or any
+``torch.nn.Embedding(sparse=True)``; dense parameters go to an optimizer of :mod:`torch.optim` beside it. Each
+row of a mini-batch is updated once, rows that are not in it keep their bits, and a step's cost grows with the
+mini-batch, never with the table.
 """
 
 from __future__ import annotations
@@ -25,16 +27,16 @@ _SHARED_ARGUMENTS = """
         params: embedding weights, or groups of them with their own options, as in :mod:`torch.optim`.
         lr: learning rate.
         l2: the strength of the decay; it is divided by n_j. 0 turns it off.
-        counts: n_j, [num_embeddings]: in how many instances of the training set each id occurs. Usually given per group.
-            Where it is None: those of the MBAEmbedding that owns the weight; where there are none, n_j = 1.
-            An option as any other: it is saved in the state_dict and comes back from it."""
+        counts: n_j, [num_embeddings]: in how many instances of the training set each id occurs. Usually given
+            per group. Where it is None: those of the MBAEmbedding that owns the weight; where there are none,
+            n_j = 1. An option as any other: it is saved in the state_dict and comes back from it."""
 
 _RAISES = """
 
     Raises:
         ValueError: an option is out of its range; a parameter cannot be an embedding table.
-        RuntimeError: in ``step``: a gradient is dense, or the count of an id of the mini-batch is not positive. All
-            parameters are checked before the first is updated, so that nothing is half-updated.
+        RuntimeError: in ``step``: a gradient is dense, or the count of an id of the mini-batch is not
+            positive. All parameters are checked before the first is updated, so that nothing is half-updated.
 """
 
 
@@ -73,8 +75,8 @@ class _MBAOptimizer(Optimizer):
             _checks.supported("an embedding weight", weight)
             if weight.dim() != 2:
                 raise ValueError(
-                    f"{type(self).__name__} updates embedding tables [num_embeddings, D], got a parameter of shape "
-                    f"{list(weight.shape)}: give dense parameters to an optimizer of torch.optim"
+                    f"{type(self).__name__} updates embedding tables [num_embeddings, D], got a parameter of "
+                    f"shape {list(weight.shape)}: give dense parameters to an optimizer of torch.optim"
                 )
             check_counts(group["counts"], weight)
 
@@ -122,10 +124,11 @@ class _MBAOptimizer(Optimizer):
                 if grad is None:
                     continue
                 if not grad.is_sparse or grad.sparse_dim() != 1:
+                    came = "sparse" if grad.is_sparse else "dense"
                     raise RuntimeError(
-                        f"{type(self).__name__} needs gradients of sparse rows, as nn.Embedding(sparse=True) and "
-                        f"dien_ops.MBAEmbedding give them, got a {'sparse' if grad.is_sparse else 'dense'} matrix for a "
-                        f"parameter of shape {list(weight.shape)}: give dense parameters to an optimizer of torch.optim"
+                        f"{type(self).__name__} needs gradients of sparse rows, as nn.Embedding(sparse=True) "
+                        f"and dien_ops.MBAEmbedding give them, got a {came} matrix for a parameter of shape "
+                        f"{list(weight.shape)}: give dense parameters to an optimizer of torch.optim"
                     )
                 self._check_layout(weight)
                 owned_by = tables.get(id(weight), [])
@@ -135,8 +138,10 @@ class _MBAOptimizer(Optimizer):
         return batches
 
     def _check_layout(self, weight: Tensor) -> None:
-        """What the update would refuse, found before any table is updated: a state_dict may have brought anything."""
+        """What an update would refuse, found before any: a state_dict may have brought anything."""
         for name, value in {"weight": weight, **self.state.get(weight, {})}.items():
+            if value.is_floating_point():
+                _checks.matches("weight", weight, **{name: value})
             if name in self._row_states:
                 _checks.shape(name, value, weight.shape[:1], "[num_embeddings]")
             else:
@@ -165,8 +170,9 @@ def _padding_of(tables: list[MBAEmbedding]) -> int | None:
 class MBASGD(_MBAOptimizer):
     __doc__ = f"""SGD with mini-batch aware L2 (DIN eq. 7): ``w_j <- w_j - lr (g_j + (l2 / n_j) w_j)``.
 
-    See :func:`dien_ops.functional.mba_sgd_`. With l2=0 and momentum=0 it is :class:`torch.optim.SGD` on a sparse gradient.
-    With momentum, the momentum of a row stands still while its id is absent.{_SHARED_ARGUMENTS}
+    See :func:`dien_ops.functional.mba_sgd_`. With l2=0 and momentum=0 it is :class:`torch.optim.SGD` on a
+    sparse gradient. With momentum, the momentum of a row stands still while its id is
+    absent.{_SHARED_ARGUMENTS}
         momentum: in [0, 1).{_RAISES}
     Example:
         >>> items = dien_ops.MBAEmbedding(1000, 18)
@@ -200,9 +206,11 @@ class MBASGD(_MBAOptimizer):
 
 
 class MBAAdagrad(_MBAOptimizer):
-    __doc__ = f"""Adagrad with mini-batch aware L2: the decay ``(l2 / n_j) w_j`` of DIN eq. 7 is part of the gradient.
+    __doc__ = f"""Adagrad with mini-batch aware L2: the decay ``(l2 / n_j) w_j`` of DIN eq. 7 is part of the
+    gradient.
 
-    See :func:`dien_ops.functional.mba_adagrad_`. With l2=0 it is :class:`torch.optim.Adagrad` on a sparse gradient.{_SHARED_ARGUMENTS}
+    See :func:`dien_ops.functional.mba_adagrad_`. With l2=0 it is :class:`torch.optim.Adagrad` on a sparse
+    gradient.{_SHARED_ARGUMENTS}
         initial_accumulator_value: what the sum of squares starts from, >= 0.
         eps: added to its root, >= 0.{_RAISES}
     Example:
@@ -243,7 +251,8 @@ class MBAAdagrad(_MBAOptimizer):
 
 
 class MBARowwiseAdagrad(MBAAdagrad):
-    __doc__ = f"""Adagrad with one accumulator per row, and mini-batch aware L2: the state is as small as the table has rows.
+    __doc__ = f"""Adagrad with one accumulator per row, and mini-batch aware L2: the state is as small as the
+    table has rows.
 
     See :func:`dien_ops.functional.mba_rowwise_adagrad_`.{_SHARED_ARGUMENTS}
         initial_accumulator_value: what a row's mean square starts from, >= 0.
@@ -262,10 +271,11 @@ class MBARowwiseAdagrad(MBAAdagrad):
 
 
 class MBAAdam(_MBAOptimizer):
-    __doc__ = f"""Lazy Adam with mini-batch aware L2: the decay ``(l2 / n_j) w_j`` of DIN eq. 7 is part of the gradient.
+    __doc__ = f"""Lazy Adam with mini-batch aware L2: the decay ``(l2 / n_j) w_j`` of DIN eq. 7 is part of the
+    gradient.
 
-    The moments of a row stand still while its id is absent, and its bias is corrected by its own number of updates: see
-    :func:`dien_ops.functional.mba_adam_`.{_SHARED_ARGUMENTS}
+    The moments of a row stand still while its id is absent, and its bias is corrected by its own number of
+    updates: see :func:`dien_ops.functional.mba_adam_`.{_SHARED_ARGUMENTS}
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the root of the second, >= 0.{_RAISES}
     Example:
@@ -299,6 +309,6 @@ class MBAAdam(_MBAOptimizer):
             state["exp_avg_sq"] = torch.zeros_like(weight)
             state["step"] = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
         functional.mba_adam_(
-            weight, state["exp_avg"], state["exp_avg_sq"], state["step"], ids, grad, lr=lr, betas=group["betas"],
-            eps=group["eps"], l2=group["l2"], counts=counts, padding_idx=padding_idx,
+            weight, state["exp_avg"], state["exp_avg_sq"], state["step"], ids, grad, lr=lr,
+            betas=group["betas"], eps=group["eps"], l2=group["l2"], counts=counts, padding_idx=padding_idx,
         )  # fmt: skip

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import math
 
-import dien_ops
 import pytest
 import torch
-from dien_ops import functional, reference
 from helpers import (
     assert_at_most_twice_torchs_error,
     assert_close,
@@ -19,6 +17,9 @@ from helpers import (
 )
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+
+import dien_ops
+from dien_ops import functional, reference
 
 EVERY_REDUCTION = pytest.mark.parametrize("reduction", ["paper", "mean", "authors"])
 
@@ -55,7 +56,9 @@ def test_by_hand():
     def sigmoid(x: float) -> float:
         return 1 / (1 + math.exp(-x))
 
-    expected = nll(sigmoid(1 * 3)) + nll(1 - sigmoid(1 * -1)) + nll(sigmoid(2 * 0.5)) + nll(1 - sigmoid(2 * 0.25))
+    expected = (
+        nll(sigmoid(1 * 3)) + nll(1 - sigmoid(1 * -1)) + nll(sigmoid(2 * 0.5)) + nll(1 - sigmoid(2 * 0.25))
+    )
     loss = functional.auxiliary_loss(states, positives, negatives)
     torch.testing.assert_close(loss, torch.tensor(expected))
 
@@ -63,7 +66,8 @@ def test_by_hand():
 @EVERY_REDUCTION
 @pytest.mark.parametrize("masked", [True, False], ids=["lengths", "full"])
 @pytest.mark.parametrize(
-    "batch, steps, width", [(5, 6, 7), (3, 2, 1), (4, 1, 3), (1, 40, 16), (2, 9, 67), (0, 4, 3), (3, 0, 3), (3, 4, 0)]
+    "batch, steps, width",
+    [(5, 6, 7), (3, 2, 1), (4, 1, 3), (1, 40, 16), (2, 9, 67), (0, 4, 3), (3, 0, 3), (3, 4, 0)],
 )
 def test_loss_and_gradients_are_the_references(reduction, masked, batch, steps, width):
     tensors = sequences(batch, steps, width)
@@ -202,7 +206,10 @@ def test_exports_with_dynamic_sizes(scorer):
     batch, steps = torch.export.Dim("batch", min=2), torch.export.Dim("steps", min=3)
     shapes = {name: {0: batch, 1: steps} for name in ("states", "positives", "negatives")}
     exported = torch.export.export(
-        module, tuple(sequences()), {"lengths": spread_lengths(5, 6)}, dynamic_shapes={**shapes, "lengths": {0: batch}}
+        module,
+        tuple(sequences()),
+        {"lengths": spread_lengths(5, 6)},
+        dynamic_shapes={**shapes, "lengths": {0: batch}},
     )
     tensors, lengths = sequences(3, 8), spread_lengths(3, 8)
     assert_close([exported.module()(*tensors, lengths=lengths)], [module(*tensors, lengths=lengths)])
@@ -239,17 +246,45 @@ def test_a_scorer_may_run_in_lower_precision_under_autocast():
     "change, error, message",
     [
         (dict(states=torch.zeros(2, 3)), ValueError, "states must be 3-D, got 2-D"),
-        (dict(states=torch.zeros(2, 3, 4).half()), ValueError, "states must be float32 or float64, got float16"),
-        (dict(positives=torch.zeros(2, 3, 4).double()), ValueError, "positives must have the dtype of states"),
-        (dict(positives=torch.zeros(2, 2, 4)), RuntimeError, r"positives must have shape \[2, 3, 4\] \[B, T, E\]"),
-        (dict(negatives=torch.zeros(2, 3, 5)), RuntimeError, r"negatives must have shape \[2, 3, 4\] \[B, T, E\]"),
+        (
+            dict(states=torch.zeros(2, 3, 4).half()),
+            ValueError,
+            "states must be float32 or float64, got float16",
+        ),
+        (
+            dict(positives=torch.zeros(2, 3, 4).double()),
+            ValueError,
+            "positives must have the dtype of states",
+        ),
+        (
+            dict(positives=torch.zeros(2, 2, 4)),
+            RuntimeError,
+            r"positives must have shape \[2, 3, 4\] \[B, T, E\]",
+        ),
+        (
+            dict(negatives=torch.zeros(2, 3, 5)),
+            RuntimeError,
+            r"negatives must have shape \[2, 3, 4\] \[B, T, E\]",
+        ),
         (dict(lengths=torch.tensor([1])), RuntimeError, r"lengths must have shape \[2\] \[B\]"),
         (dict(lengths=torch.tensor([1.0, 1.0])), ValueError, "lengths must be int32 or int64"),
         (dict(lengths=torch.tensor([1, 4])), RuntimeError, r"lengths must be in 0..3 \(T\), got 4 at row 1"),
-        (dict(lengths=torch.tensor([-1, 3])), RuntimeError, r"lengths must be in 0..3 \(T\), got -1 at row 0"),
-        (dict(lengths=torch.tensor([1, 4]), scorer=lambda h, e: (h * e).sum(-1)), RuntimeError, "got 4 at row 1"),
+        (
+            dict(lengths=torch.tensor([-1, 3])),
+            RuntimeError,
+            r"lengths must be in 0..3 \(T\), got -1 at row 0",
+        ),
+        (
+            dict(lengths=torch.tensor([1, 4]), scorer=lambda h, e: (h * e).sum(-1)),
+            RuntimeError,
+            "got 4 at row 1",
+        ),
         (dict(scorer="mlp"), ValueError, "scorer must be one of 'inner', got 'mlp'"),
-        (dict(scorer=lambda h, e: h * e), RuntimeError, r"the scorer's result must have shape \[2, 2\] \[B, T-1\]"),
+        (
+            dict(scorer=lambda h, e: h * e),
+            RuntimeError,
+            r"the scorer's result must have shape \[2, 2\] \[B, T-1\]",
+        ),
         (dict(reduction="sum"), ValueError, "reduction must be one of 'paper', 'mean', 'authors', got 'sum'"),
     ],
 )

@@ -8,12 +8,13 @@ import gc
 import io
 import math
 
-import dien_ops
 import pytest
 import torch
-from dien_ops import functional, reference
 from helpers import assert_at_most_twice_torchs_error, assert_close, with_threads
 from torch import Tensor
+
+import dien_ops
+from dien_ops import functional, reference
 
 RULES = ["sgd", "momentum", "adagrad", "rowwise_adagrad", "adam"]
 EVERY_RULE = pytest.mark.parametrize("rule", RULES)
@@ -21,7 +22,7 @@ COUNT_TYPES = [torch.int32, torch.int64, torch.float32, torch.float64]
 
 
 class Table:
-    """A weight with the state of one rule; update() runs one step with a module's (functional's or reference's) form."""
+    """A weight with the state of one rule; update() runs a step with the functional or the reference form."""
 
     def __init__(self, rule: str, rows: int = 11, dim: int = 5, dtype: torch.dtype = torch.float64) -> None:
         self.rule = rule
@@ -69,14 +70,15 @@ def bits(tensors: list[Tensor]) -> list[bytes]:
     return [t.numpy().tobytes() for t in tensors]
 
 
-# --------------------------------------------------------------------------------------------------- update
+# ----------------------------------------------------------------------------------------------------- update
 
 
 def test_by_hand():
     weight = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     ids, grad = torch.tensor([2, 0, 2]), torch.tensor([[1.0, 1.0], [2.0, 0.0], [3.0, -1.0]])
     functional.mba_sgd_(weight, ids, grad, lr=0.5, l2=0.2, counts=torch.tensor([1, 0, 4]))
-    # row 0: 1 - 0.5 (2 + 0.2/1 * 1), 2 - 0.5 (0 + 0.2 * 2); row 2: 5 - 0.5 (4 + 0.2/4 * 5), 6 - 0.5 (0 + 0.05 * 6)
+    # row 0: 1 - 0.5 (2 + 0.2/1 * 1) and 2 - 0.5 (0 + 0.2/1 * 2)
+    # row 2: 5 - 0.5 (4 + 0.2/4 * 5) and 6 - 0.5 (0 + 0.2/4 * 6)
     torch.testing.assert_close(weight, torch.tensor([[-0.1, 1.8], [3.0, 4.0], [2.875, 5.85]]))
 
 
@@ -135,7 +137,9 @@ def test_rows_that_are_not_in_the_mini_batch_keep_their_bits(rule):
 
 def test_an_id_decays_once_per_mini_batch_however_often_it_occurs():
     weight = torch.ones(4, 2, dtype=torch.float64)
-    functional.mba_sgd_(weight, torch.tensor([1, 1, 1]), torch.zeros(3, 2, dtype=torch.float64), lr=0.5, l2=0.2)
+    functional.mba_sgd_(
+        weight, torch.tensor([1, 1, 1]), torch.zeros(3, 2, dtype=torch.float64), lr=0.5, l2=0.2
+    )
     torch.testing.assert_close(weight[1], torch.full((2,), 0.9, dtype=torch.float64))
 
 
@@ -176,6 +180,15 @@ def test_ids_and_gradients_come_in_any_shape_type_and_strides(rule):
     grad = torch.randn(4, 5, dtype=torch.float64).expand(3, 4, 5)
     flat = (ids.long().reshape(-1), grad.reshape(-1, 5))
     assert_close(ours.update(functional, ids, grad), theirs.update(reference, *flat))
+
+
+def test_tables_of_more_than_2_to_the_31_elements_are_addressed():
+    rows, dim = 2**27 + 1, 17
+    weight = torch.empty(rows, dim)  # 9 GB of addresses; only the pages that are touched take memory
+    ids = torch.tensor([rows - 1, 2**26, rows - 1])
+    weight[ids] = 1.0
+    functional.mba_sgd_(weight, ids, torch.ones(3, dim), lr=0.5, l2=0.0)
+    assert torch.equal(weight[ids[:2]], torch.tensor([[0.0], [0.5]]).expand(2, dim))
 
 
 @EVERY_RULE
@@ -241,7 +254,7 @@ def test_operators_pass_opcheck(rule):
     torch.library.opcheck(torch.ops.dien_ops.mba_check, (batch[0], batch[2], 11, None))
 
 
-# --------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 IDS, GRAD = torch.tensor([1, 2]), torch.zeros(2, 5, dtype=torch.float64)
 ERRORS = {
@@ -249,21 +262,32 @@ ERRORS = {
     "ids must be in 0..10, got -1 at position 0": (RuntimeError, dict(ids=torch.tensor([-1, 2]))),
     "ids must be int32 or int64": (ValueError, dict(ids=torch.tensor([1.0, 2.0]))),
     "ids must be a Tensor, got list": (TypeError, dict(ids=[1, 2])),
-    r"grad must have shape \[2, 5\] \[\*ids.shape, D\], got \[3, 5\]": (RuntimeError, dict(grad=torch.zeros(3, 5).double())),
+    r"grad must have shape \[2, 5\] \[\*ids.shape, D\], got \[3, 5\]": (
+        RuntimeError,
+        dict(grad=torch.zeros(3, 5).double()),
+    ),
     "grad must have the dtype of weight": (ValueError, dict(grad=torch.zeros(2, 5))),
     r"counts must be positive for every id of the mini-batch, got 0 for id 2": (
-        RuntimeError, dict(counts=torch.tensor([1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1])),
+        RuntimeError,
+        dict(counts=torch.tensor([1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1])),
     ),
     "counts must be positive for every id of the mini-batch, got nan for id 1": (
-        RuntimeError, dict(counts=torch.full((11,), math.nan)),
+        RuntimeError,
+        dict(counts=torch.full((11,), math.nan)),
     ),
-    r"counts must have shape \[11\] \[num_embeddings\], got \[3\]": (RuntimeError, dict(counts=torch.ones(3))),
-    "counts must be int32, int64, float32 or float64, got torch.bool": (ValueError, dict(counts=torch.ones(11) > 0)),
-    r"padding_idx must be in -11..10 \(num_embeddings\), got 11": (ValueError, dict(padding_idx=11)),
+    r"counts must have shape \[11\] \[num_embeddings\], got \[3\]": (
+        RuntimeError,
+        dict(counts=torch.ones(3)),
+    ),
+    "counts must be int32, int64, float32 or float64, got torch.bool": (
+        ValueError,
+        dict(counts=torch.ones(11) > 0),
+    ),
+    "padding_idx must be in -11..10, got 11": (ValueError, dict(padding_idx=11)),
     "lr must be finite and >= 0, got nan": (ValueError, dict(lr=math.nan)),
     "lr must be finite and >= 0, got -1.0": (ValueError, dict(lr=-1.0)),
     "l2 must be finite and >= 0, got inf": (ValueError, dict(l2=math.inf)),
-}  # fmt: skip
+}
 
 
 @EVERY_RULE
@@ -288,8 +312,8 @@ def test_errors_name_the_argument_and_leave_every_bit(rule, message):
         ("adagrad", dict(eps=-1.0), ValueError, "eps must be finite and >= 0, got -1.0"),
         ("adam", dict(betas=(0.9, 1.0)), ValueError, r"betas\[1\] must be in \[0, 1\), got 1.0"),
         ("adam", dict(step=torch.zeros(11)), ValueError, "step must be int64, got torch.float32"),
-        ("adagrad", dict(state_sum=torch.zeros(11).double()), RuntimeError, r"state_sum must have shape \[11, 5\]"),
-        ("rowwise_adagrad", dict(state_sum=torch.zeros(11)), ValueError, "state_sum must have the dtype of weight"),
+        ("adagrad", dict(state_sum=torch.zeros(11).double()), RuntimeError, "state_sum must have shape"),
+        ("rowwise_adagrad", dict(state_sum=torch.zeros(11)), ValueError, "state_sum must have the dtype"),
     ],
 )  # fmt: skip
 def test_each_rules_own_arguments_are_checked(rule, arguments, error, message):
@@ -312,7 +336,7 @@ def test_weights_that_cannot_be_updated_are_refused(weight, error, message):
         functional.mba_sgd_(weight, IDS, GRAD, lr=0.1)
 
 
-# ------------------------------------------------------------------------------------------------- MBAEmbedding
+# ----------------------------------------------------------------------------------------------- MBAEmbedding
 
 
 def test_it_is_torchs_embedding_with_sparse_gradients():
@@ -398,7 +422,9 @@ def through_pickle(table):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, through_pickle], ids=["deepcopy", "copy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, copy.copy, through_pickle], ids=["deepcopy", "copy", "pickle"]
+)
 def test_copies_own_their_weight(copied):
     table = copied(dien_ops.MBAEmbedding(4, 2))
     assert table in owners_of(table.weight)

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The MBA optimizers: against dense brute force, torch.optim where they coincide, and everything an Optimizer can do."""
+"""The MBA optimizers: against dense brute force, torch.optim where they coincide, and as Optimizers."""
 
 from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 
-import dien_ops
 import pytest
 import torch
-from dien_ops import optim
 from torch import Tensor, nn
+
+import dien_ops
+from dien_ops import optim
 
 OPTIMIZERS = {
     "sgd": (optim.MBASGD, dict(lr=0.1)),
@@ -27,7 +29,9 @@ def make(name: str, params, **options):
     return cls(params, **{**defaults, **options})
 
 
-def table(rows: int = 9, dim: int = 3, dtype: torch.dtype = torch.float64, **options) -> dien_ops.MBAEmbedding:
+def table(
+    rows: int = 9, dim: int = 3, dtype: torch.dtype = torch.float64, **options
+) -> dien_ops.MBAEmbedding:
     return dien_ops.MBAEmbedding(rows, dim, dtype=dtype, **options)
 
 
@@ -57,7 +61,7 @@ def states(optimizer) -> list[Tensor]:
 
 
 class BruteForce:
-    """The update on the whole dense table, one row at a time, straight from the paper and the optimizers' definitions."""
+    """The update of a dense table, one row at a time, straight from the paper and the rules' definitions."""
 
     def __init__(self, name: str, weight: Tensor, l2: float, counts: Tensor | None) -> None:
         self.name, self.weight, self.l2 = name, weight.detach().clone(), l2
@@ -106,26 +110,31 @@ def test_many_steps_are_the_dense_brute_force(name, counted):
     torch.testing.assert_close(embedding.weight.detach(), dense.weight, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize(
-    "name, torchs, every_row",
-    [
-        ("sgd", lambda p: torch.optim.SGD(p, lr=0.1), False),
-        ("momentum", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), True),
-        ("adagrad", lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.1), False),
-        ("adam", lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.8, 0.99)), True),
-        ("adam", lambda p: torch.optim.SparseAdam(p, lr=0.1, betas=(0.8, 0.99), eps=1e-30), True),
-    ],
-    ids=["SGD", "SGD with momentum", "Adagrad", "Adam", "SparseAdam"],
-)
-def test_without_decay_it_is_torchs_optimizer(name, torchs, every_row):
-    """Where torch's treats absent rows otherwise, every batch holds every row."""
+TORCHS = {  # optimizer, ours, whether it takes sparse gradients, whether it treats absent rows as ours does
+    "SGD": (partial(torch.optim.SGD, lr=0.1), "sgd", True, True),
+    "SGD with momentum": (partial(torch.optim.SGD, lr=0.1, momentum=0.9), "momentum", False, False),
+    "Adagrad": (partial(torch.optim.Adagrad, lr=0.1, initial_accumulator_value=0.1), "adagrad", True, True),
+    "Adam": (partial(torch.optim.Adam, lr=0.1, betas=(0.8, 0.99), eps=1e-30), "adam", False, False),
+    "SparseAdam": (
+        partial(torch.optim.SparseAdam, lr=0.1, betas=(0.8, 0.99), eps=1e-30),
+        "adam",
+        True,
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("torchs", TORCHS)
+def test_without_decay_it_is_torchs_optimizer(torchs):
+    """Where torch treats absent rows otherwise, every batch holds every row. SparseAdam adds eps earlier."""
+    make_torchs, name, sparse, absent_rows_alike = TORCHS[torchs]
     ours = table()
-    dense = name == "momentum" or "SparseAdam" not in repr(torchs([nn.Parameter(torch.zeros(1))])) and name == "adam"
-    theirs = nn.Embedding.from_pretrained(ours.weight.detach().clone(), freeze=False, sparse=not dense)
-    eps = {"eps": 1e-30} if name == "adam" and not dense else {}
-    train_on = [torch.cat([b.flatten(), torch.arange(9)]) for b in batches()] if every_row else batches()
-    train(make(name, ours.parameters(), l2=0.0, **eps), ours, train_on)
-    train(torchs(theirs.parameters()), theirs, train_on)
+    theirs = nn.Embedding.from_pretrained(ours.weight.detach().clone(), freeze=False, sparse=sparse)
+    data = batches() if absent_rows_alike else [torch.cat([b.flatten(), torch.arange(9)]) for b in batches()]
+    options = {"eps": 1e-30} if name == "adam" else {}
+    train(make(name, ours.parameters(), l2=0.0, **options), ours, data)
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):  # which Adagrad would warn of
+        train(make_torchs(theirs.parameters()), theirs, data)
     torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-11, atol=1e-11)
 
 
@@ -150,7 +159,7 @@ def test_the_padding_row_stays_zero(name):
     assert not embedding.weight[0].any()
 
 
-# ------------------------------------------------------------------------------------------------- where n_j comes from
+# --------------------------------------------------------------------------------------- where n_j comes from
 
 
 def decay_of(embedding: nn.Module, optimizer) -> Tensor:
@@ -205,13 +214,15 @@ def test_tables_that_share_a_weight_share_their_counts():
     optimizer = optim.MBASGD(second.parameters(), lr=1.0, l2=0.1)
     torch.testing.assert_close(decay_of(second, optimizer), DECAY)
     second.counts = COUNTS + 1
-    with pytest.raises(RuntimeError, match="2 MBAEmbeddings share a weight .* pass the optimizer the counts to use"):
+    with pytest.raises(
+        RuntimeError, match=r"2 MBAEmbeddings share a weight .* pass the optimizer the counts to use"
+    ):
         decay_of(second, optimizer)
     optimizer.param_groups[0]["counts"] = COUNTS
     torch.testing.assert_close(decay_of(second, optimizer), DECAY)
 
 
-# ------------------------------------------------------------------------------------------------- what an Optimizer does
+# ------------------------------------------------------------------------------------- what an Optimizer does
 
 
 @EVERY_OPTIMIZER
@@ -290,7 +301,10 @@ def test_one_lookup_per_field_is_one_update_per_row(name):
     together, apart = table(), table()
     apart.load_state_dict(together.state_dict())
     target, history = torch.tensor([1, 2]), torch.tensor([[2, 2], [3, 1]])
-    for embedding, fields in [(together, [torch.cat([target, history.flatten()])]), (apart, [target, history])]:
+    for embedding, fields in [
+        (together, [torch.cat([target, history.flatten()])]),
+        (apart, [target, history]),
+    ]:
         optimizer = make(name, embedding.parameters())
         for _ in range(2):
             optimizer.zero_grad()
@@ -299,7 +313,7 @@ def test_one_lookup_per_field_is_one_update_per_row(name):
     torch.testing.assert_close(together.weight, apart.weight, rtol=1e-12, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 
 def two_tables(name: str):
@@ -329,11 +343,6 @@ def counts_of_another_table(second, optimizer):
     optimizer.param_groups[1]["counts"] = torch.ones(4)
 
 
-def state_of_another_table(second, optimizer):
-    state = optimizer.state[second.weight]
-    state.update({name: value[:4] for name, value in state.items()})
-
-
 def transposed_weight(second, optimizer):
     second.weight.data = second.weight.data.t().contiguous().t()
 
@@ -343,16 +352,16 @@ def transposed_weight(second, optimizer):
     "spoil, message",
     [
         (zero_counts, "counts must be positive for every id of the mini-batch, got 0 for id"),
-        (dense_gradient, "needs gradients of sparse rows.*give dense parameters to an optimizer of torch.optim"),
+        (
+            dense_gradient,
+            "needs gradients of sparse rows.*give dense parameters to an optimizer of torch.optim",
+        ),
         (nan_learning_rate, "lr must be finite and >= 0, got nan"),
         (counts_of_another_table, r"counts must have shape \[9\]"),
-        (state_of_another_table, r"must have shape \[9"),
         (transposed_weight, "weight must be contiguous"),
     ],
 )
 def test_an_error_of_one_table_leaves_every_bit_of_all(name, spoil, message):
-    if spoil is state_of_another_table and name == "sgd":
-        pytest.skip("plain SGD has no state")
     first, second, optimizer = two_tables(name)
     spoil(second, optimizer)
     before = bits(first.weight, second.weight, *states(optimizer))
@@ -361,8 +370,32 @@ def test_an_error_of_one_table_leaves_every_bit_of_all(name, spoil, message):
     assert bits(first.weight, second.weight, *states(optimizer)) == before
 
 
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "sgd"])  # which has no state
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda value: value[:4], r"must have shape \[9"),
+        (
+            lambda value: value.float() if value.is_floating_point() else value,
+            "must have the dtype of weight",
+        ),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_state_that_does_not_fit_one_table_leaves_every_bit_of_all(name, spoil, message):
+    first, second, optimizer = two_tables(name)
+    state = optimizer.state[second.weight]
+    state.update({key: spoil(value) for key, value in state.items()})
+    before = bits(first.weight, second.weight, *states(optimizer))
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        optimizer.step()
+    assert bits(first.weight, second.weight, *states(optimizer)) == before
+
+
 def test_parameters_that_are_no_tables_are_refused_at_once():
-    with pytest.raises(ValueError, match=r"MBASGD updates embedding tables .* got a parameter of shape \[5\]"):
+    with pytest.raises(
+        ValueError, match=r"MBASGD updates embedding tables .* got a parameter of shape \[5\]"
+    ):
         optim.MBASGD(nn.Linear(3, 5).parameters(), lr=0.1)
     optimizer = optim.MBASGD(table().parameters(), lr=0.1)
     with pytest.raises(ValueError, match="updates embedding tables"):
@@ -377,7 +410,11 @@ def test_parameters_that_are_no_tables_are_refused_at_once():
         ("sgd", dict(l2=-1.0), "l2 must be finite and >= 0, got -1.0"),
         ("sgd", dict(momentum=1.5), r"momentum must be in \[0, 1\), got 1.5"),
         ("adagrad", dict(eps=-1.0), "eps must be finite and >= 0, got -1.0"),
-        ("rowwise_adagrad", dict(initial_accumulator_value=-1.0), "initial_accumulator_value must be finite and >= 0"),
+        (
+            "rowwise_adagrad",
+            dict(initial_accumulator_value=-1.0),
+            "initial_accumulator_value must be finite and >= 0",
+        ),
         ("adam", dict(betas=(1.0, 0.9)), r"betas\[0\] must be in \[0, 1\), got 1.0"),
         ("adam", dict(eps=float("nan")), "eps must be finite and >= 0, got nan"),
     ],

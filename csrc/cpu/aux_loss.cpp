@@ -151,10 +151,10 @@ void auxiliary_loss_backward(const T* logits, const int64_t* lengths, int64_t pa
     }
 }
 
-#define DIEN_OPS_INSTANTIATE(T)                                                                                               \
-    template void auxiliary_logits<kCapability>(const AuxiliaryLogits<T>&, T*, int64_t, int64_t);                             \
-    template void auxiliary_logits_backward<kCapability>(const AuxiliaryLogits<T>&, const T*, T*, T*, T*, int64_t, int64_t);  \
-    template void auxiliary_loss<kCapability>(const T*, const int64_t*, int64_t, double*, int64_t, int64_t);                  \
+#define DIEN_OPS_INSTANTIATE(T)                                                                                              \
+    template void auxiliary_logits<kCapability>(const AuxiliaryLogits<T>&, T*, int64_t, int64_t);                            \
+    template void auxiliary_logits_backward<kCapability>(const AuxiliaryLogits<T>&, const T*, T*, T*, T*, int64_t, int64_t); \
+    template void auxiliary_loss<kCapability>(const T*, const int64_t*, int64_t, double*, int64_t, int64_t);                 \
     template void auxiliary_loss_backward<kCapability>(const T*, const int64_t*, int64_t, T, T*, int64_t, int64_t);
 DIEN_OPS_INSTANTIATE(float)
 DIEN_OPS_INSTANTIATE(double)

@@ -53,9 +53,7 @@ Tensor auxiliary_logits(const Tensor& states, const Tensor& positives, const Ten
         const auto inputs = sequences.inputs<T>();
         T* out = mutable_pointer<T>(logits);
         cpu::with_capability([&](auto capability) {
-            const auto rows = [&](int64_t begin, int64_t end) {
-                cpu::auxiliary_logits<capability()>(inputs, out, begin, end);
-            };
+            const auto rows = [&](int64_t begin, int64_t end) { cpu::auxiliary_logits<capability()>(inputs, out, begin, end); };
             parallel_ranges(sequences.batch, rows, sequences.grain());
         });
     });
@@ -124,8 +122,8 @@ Tensor auxiliary_loss(const Tensor& logits, const OptionalTensor& lengths, int64
         std::vector<double> row_losses(pairs.batch);
         cpu::with_capability([&](auto capability) {
             const auto rows = [&](int64_t begin, int64_t end) {
-                cpu::auxiliary_loss<capability()>(pointer<T>(pairs.logits), pairs.lengths.data(), pairs.pairs, row_losses.data(),
-                                                  begin, end);
+                cpu::auxiliary_loss<capability()>(pointer<T>(pairs.logits), pairs.lengths.data(), pairs.pairs,
+                                                  row_losses.data(), begin, end);
             };
             parallel_ranges(pairs.batch, rows, pairs.grain());
         });
@@ -148,8 +146,8 @@ Tensor auxiliary_loss_backward(const Tensor& grad_loss, const Tensor& logits, co
         T* out = mutable_pointer<T>(grad_logits);
         cpu::with_capability([&](auto capability) {
             const auto rows = [&](int64_t begin, int64_t end) {
-                cpu::auxiliary_loss_backward<capability()>(pointer<T>(pairs.logits), pairs.lengths.data(), pairs.pairs, scale, out,
-                                                           begin, end);
+                cpu::auxiliary_loss_backward<capability()>(pointer<T>(pairs.logits), pairs.lengths.data(), pairs.pairs, scale,
+                                                           out, begin, end);
             };
             parallel_ranges(pairs.batch, rows, pairs.grain());
         });

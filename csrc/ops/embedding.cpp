@@ -13,10 +13,10 @@ namespace {
 
 // The arguments that every rule shares.
 struct Arguments {
-    const Tensor& weight;            // [num_embeddings, D]
-    const Tensor& ids;               // [N]
-    const Tensor& grad;              // [N, D], one row per id
-    const OptionalTensor& counts;    // [num_embeddings]
+    const Tensor& weight;          // [num_embeddings, D]
+    const Tensor& ids;             // [N]
+    const Tensor& grad;            // [N, D], one row per id
+    const OptionalTensor& counts;  // [num_embeddings]
     std::optional<int64_t> padding_idx;
     double l2;
 };
@@ -46,8 +46,8 @@ void update_table(const Arguments& arguments, MakeRule&& make_rule) {
         update.dim = dim;
         const auto rule = make_rule(type, dtype);
         const Tensor dense_grad = checked(grad, "grad", {n, dim}, dtype);
-        const MiniBatch<T> batch = group_by_id(ids, pointer<T>(dense_grad), num_embeddings, dim,
-                                               Counts(counts, num_embeddings), l2, padding_idx);
+        const MiniBatch<T> batch =
+            group_by_id(ids, pointer<T>(dense_grad), num_embeddings, dim, Counts(counts, num_embeddings), l2, padding_idx);
         update.segments = batch.segments.data();
         update.gradient_rows = batch.gradient_rows.data();
 
@@ -71,9 +71,8 @@ void mba_sgd_(const Tensor& weight, const OptionalTensor& momentum_buffer, const
               const OptionalTensor& counts, std::optional<int64_t> padding_idx, double lr, double l2, double momentum) {
     update_table({weight, ids, grad, counts, padding_idx, l2}, [&](auto type, ScalarType dtype) {
         using T = decltype(type);
-        T* buffer = momentum_buffer.has_value()
-                        ? state_pointer<T>(*momentum_buffer, "momentum_buffer", sizes_of(weight), dtype)
-                        : nullptr;
+        T* buffer = momentum_buffer.has_value() ? state_pointer<T>(*momentum_buffer, "momentum_buffer", sizes_of(weight), dtype)
+                                                : nullptr;
         return cpu::Sgd<T>{buffer, T(lr), T(momentum)};
     });
 }
@@ -102,7 +101,12 @@ void mba_adam_(const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_av
         return cpu::Adam<T>{state_pointer<T>(exp_avg, "exp_avg", sizes_of(weight), dtype),
                             state_pointer<T>(exp_avg_sq, "exp_avg_sq", sizes_of(weight), dtype),
                             state_pointer<int64_t>(step, "step", {weight.size(0)}, ScalarType::Long),
-                            lr, beta1, beta2, eps, std::log(beta1), std::log(beta2)};
+                            lr,
+                            beta1,
+                            beta2,
+                            eps,
+                            std::log(beta1),
+                            std::log(beta2)};
     });
 }
 

@@ -167,8 +167,7 @@ MiniBatch<T> group_by_id(const Tensor& ids, const T* grad, int64_t num_embedding
                          std::optional<int64_t> padding_idx) {
     std::vector<Occurrence> occurrences;
     occurrences.reserve(ids.numel());
-    for_each_id(ids, num_embeddings, padding_idx,
-                [&](int64_t position, int64_t id) { occurrences.push_back({id, position}); });
+    for_each_id(ids, num_embeddings, padding_idx, [&](int64_t position, int64_t id) { occurrences.push_back({id, position}); });
     sort_by_id(occurrences, num_embeddings);
 
     MiniBatch<T> batch;
