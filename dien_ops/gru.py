@@ -75,7 +75,7 @@ def _save_for_gru_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 
 def _gru_backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, _: None) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
-    if tensors[-1].numel() == 0 and tensors[0].numel() > 0:
+    if tensors[-1].dim() == 1:
         raise RuntimeError("dien_ops::gru was called with save_gates=False and cannot be differentiated")
     grads = torch.ops.dien_ops.gru_backward(grad_output, grad_h_n, *tensors, *ctx.options)
     present = [g if x is not None else None for g, x in zip(grads, tensors, strict=False)]
