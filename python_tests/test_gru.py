@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import itertools
 
-import dien_ops
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import dien_ops
 from dien_ops import functional, reference
 from helpers import (
     assert_at_most_twice_torchs_error,
@@ -18,8 +21,6 @@ from helpers import (
     spread_lengths,
     with_threads,
 )
-from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 
 GATES = ["none", "paper", "authors", "replace", "input"]
 RESETS = pytest.mark.parametrize("reset_after", [True, False], ids=["after", "before"])

@@ -7,12 +7,13 @@ import copy
 import inspect
 import pickle
 
-import dien_ops
 import pytest
 import torch
-from helpers import assert_close, leaf
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import dien_ops
+from helpers import assert_close, leaf
 
 D = torch.float64
 
@@ -45,9 +46,7 @@ def assert_same_results(theirs: nn.GRU, ours: dien_ops.GRU, x, *hx) -> None:
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_results_and_gradients_are_nn_grus(num_layers, bias, bidirectional, batch_first):
-    theirs, ours = twins(
-        3, 5, num_layers=num_layers, bias=bias, bidirectional=bidirectional, batch_first=batch_first
-    )
+    theirs, ours = twins(3, 5, num_layers=num_layers, bias=bias, bidirectional=bidirectional, batch_first=batch_first)
     x = torch.randn(4, 6, 3, dtype=D)
     assert_same_results(theirs, ours, x)
     batch = 4 if batch_first else 6
@@ -143,7 +142,9 @@ def test_modules_are_copied_and_pickled(make, duplicate):
 def test_repr_is_nn_grus():
     options = dict(num_layers=2, batch_first=True, dropout=0.5, bidirectional=True)
     assert repr(dien_ops.GRU(3, 5, **options)) == repr(nn.GRU(3, 5, **options))
-    assert repr(dien_ops.AUGRU(3, 5, batch_first=True, gate="authors")) == "AUGRU(3, 5, batch_first=True, gate='authors')"
+    assert (
+        repr(dien_ops.AUGRU(3, 5, batch_first=True, gate="authors")) == "AUGRU(3, 5, batch_first=True, gate='authors')"
+    )
 
 
 # --------------------------------------------------------------------------------------------------- the same errors
@@ -163,7 +164,7 @@ def test_repr_is_nn_grus():
 )
 def test_mistakes_raise_nn_grus_exception_types(call):
     theirs, ours = twins(3, 5)
-    with pytest.raises(Exception) as expected:  # noqa: B017 (whatever nn.GRU raises)
+    with pytest.raises(Exception) as expected:  # whatever nn.GRU raises
         call(theirs)
     with pytest.raises(expected.type):
         call(ours)

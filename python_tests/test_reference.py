@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from dien_ops import reference
 from torch import nn
+
+from dien_ops import reference
 
 D = torch.float64
 
