@@ -16,4 +16,30 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
         "bool reset_after, bool batch_first, bool reverse) "
         "-> (Tensor grad_input, Tensor grad_attention, Tensor grad_hx, Tensor grad_weight_ih, Tensor grad_weight_hh, "
         "Tensor grad_bias_ih, Tensor grad_bias_hh)");
+
+    // embedding: one update of the rows that ids [N] name, each once, by the sum of its gradient rows grad [N, D] plus
+    // (l2 / n_j) w_j; rows equal to padding_idx are left alone
+    m.def(
+        "mba_sgd_(Tensor(a!) weight, Tensor(b!)? momentum_buffer, Tensor ids, Tensor grad, Tensor? counts, int? padding_idx, "
+        "float lr, float l2, float momentum) -> ()");
+    m.def(
+        "mba_adagrad_(Tensor(a!) weight, Tensor(b!) state_sum, Tensor ids, Tensor grad, Tensor? counts, int? padding_idx, "
+        "float lr, float l2, float eps) -> ()");
+    m.def(
+        "mba_rowwise_adagrad_(Tensor(a!) weight, Tensor(b!) state_sum, Tensor ids, Tensor grad, Tensor? counts, "
+        "int? padding_idx, float lr, float l2, float eps) -> ()");
+    m.def(
+        "mba_adam_(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor ids, Tensor grad, "
+        "Tensor? counts, int? padding_idx, float lr, float l2, float beta1, float beta2, float eps) -> ()");
+    m.def("mba_check(Tensor ids, Tensor? counts, int num_embeddings, int? padding_idx) -> ()");
+
+    // aux_loss: logits [B, 2, max(T - 1, 0)] of the clicked and the sampled items, and their loss. reduction: paper | mean |
+    // authors
+    m.def("auxiliary_logits(Tensor states, Tensor positives, Tensor negatives, Tensor? lengths) -> Tensor");
+    m.def(
+        "auxiliary_logits_backward(Tensor grad_logits, Tensor states, Tensor positives, Tensor negatives, Tensor? lengths) "
+        "-> (Tensor grad_states, Tensor grad_positives, Tensor grad_negatives)");
+    m.def("auxiliary_loss(Tensor logits, Tensor? lengths, SymInt steps, str reduction) -> Tensor");
+    m.def(
+        "auxiliary_loss_backward(Tensor grad_loss, Tensor logits, Tensor? lengths, SymInt steps, str reduction) -> Tensor");
 }

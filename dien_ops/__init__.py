@@ -5,8 +5,20 @@ from dien_ops import _library
 
 _library.load()
 
-from dien_ops import _C, functional, reference  # noqa: E402
+from dien_ops import _C, functional, optim, reference  # noqa: E402
+from dien_ops.aux_loss import AuxiliaryLoss  # noqa: E402
+from dien_ops.embedding import MBAEmbedding  # noqa: E402
 from dien_ops.gru import AGRU, AIGRU, AUGRU, GRU  # noqa: E402
 
 __version__: str = _C.version
-__all__ = ["AGRU", "AIGRU", "AUGRU", "GRU", "functional", "reference"]
+__all__ = [
+    "AGRU",
+    "AIGRU",
+    "AUGRU",
+    "GRU",
+    "AuxiliaryLoss",
+    "MBAEmbedding",
+    "functional",
+    "optim",
+    "reference",
+]

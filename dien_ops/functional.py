@@ -1,6 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators as functions. :mod:`dien_ops.reference` has the same names and signatures in plain PyTorch."""
 
+from dien_ops.aux_loss import auxiliary_loss
+from dien_ops.embedding import mba_adagrad_, mba_adam_, mba_rowwise_adagrad_, mba_sgd_
 from dien_ops.gru import attentional_gru, gru
 
-__all__ = ["attentional_gru", "gru"]
+__all__ = [
+    "attentional_gru",
+    "auxiliary_loss",
+    "gru",
+    "mba_adagrad_",
+    "mba_adam_",
+    "mba_rowwise_adagrad_",
+    "mba_sgd_",
+]

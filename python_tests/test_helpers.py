@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+
 from helpers import assert_at_most_twice_torchs_error, assert_close, gradients, leaf, spread_lengths
 
 

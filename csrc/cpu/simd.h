@@ -151,14 +151,20 @@ Vec<T> sigmoid(Vec<T> x) {
     return Vec<T>(T(1)) / (Vec<T>(T(1)) + exp(-x));
 }
 
+// exp(x) - 1 without cancellation near 0.
+template <typename T>
+Vec<T> expm1(Vec<T> x) {
+    const ExpParts<T> e = exp_parts(x);
+    return e.scale * e.tail + (e.scale - Vec<T>(T(1)));
+}
+
 // With m = expm1(2 |x|): tanh |x| = m / (m + 2) near 0, where nothing cancels, and 1 - 2 / (m + 2) further out, where the
 // quotient's rounding is scaled down.
 template <typename T>
 Vec<T> tanh(Vec<T> x) {
     const Vec<T> one(T(1)), two(T(2));
     const Vec<T> magnitude = clamp(where_positive(x, x, -x), T(0), T(20));  // beyond 20 the result is 1 in both precisions
-    const ExpParts<T> e = exp_parts(magnitude + magnitude);
-    const Vec<T> m = e.scale * e.tail + (e.scale - one);
+    const Vec<T> m = expm1(magnitude + magnitude);
     const Vec<T> far = magnitude - Vec<T>(T(0.55));
     const Vec<T> quotient = where_positive(far, two, m) / (m + two);
     const Vec<T> result = where_positive(far, one - quotient, quotient);
