@@ -19,7 +19,7 @@ REDUCTIONS = ("paper", "mean", "authors")
 
 
 def _pairs(steps: int) -> int:
-    pairs: int = torch.sym_max(steps - 1, 0)  # type: ignore[no-untyped-call]
+    pairs: int = torch.sym_max(steps - 1, 0)
     return pairs
 
 
@@ -96,9 +96,7 @@ torch.library.register_autograd("dien_ops::auxiliary_logits", _logits_backward, 
 torch.library.register_autograd(
     "dien_ops::auxiliary_logits_backward", _logits_double_backward, setup_context=_save_tensors
 )
-torch.library.register_autograd(
-    "dien_ops::auxiliary_loss", _loss_backward, setup_context=_save_for_loss_backward
-)
+torch.library.register_autograd("dien_ops::auxiliary_loss", _loss_backward, setup_context=_save_for_loss_backward)
 torch.library.register_autograd(
     "dien_ops::auxiliary_loss_backward", _loss_double_backward, setup_context=_save_for_loss_backward
 )
@@ -172,9 +170,7 @@ def auxiliary_loss(
     return loss
 
 
-def _logits_of(
-    scorer: Scorer, states: Tensor, positives: Tensor, negatives: Tensor, lengths: Tensor | None
-) -> Tensor:
+def _logits_of(scorer: Scorer, states: Tensor, positives: Tensor, negatives: Tensor, lengths: Tensor | None) -> Tensor:
     """[B, 2, T-1]. The padding is blanked before it is scored: none of it can reach the scorer's gradient."""
     batch, steps, _ = states.shape
     h, e, e_hat = states[:, :-1], positives[:, 1:], negatives[:, 1:]
@@ -229,9 +225,7 @@ class AuxiliaryLoss(nn.Module):
         self.scorer = scorer
         self.reduction = reduction
 
-    def forward(
-        self, states: Tensor, positives: Tensor, negatives: Tensor, *, lengths: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, states: Tensor, positives: Tensor, negatives: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         return auxiliary_loss(
             states, positives, negatives, lengths=lengths, scorer=self.scorer, reduction=self.reduction
         )

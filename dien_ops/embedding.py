@@ -263,9 +263,7 @@ def mba_adam_(
         >>> m, v, t = torch.zeros(1000, 8), torch.zeros(1000, 8), torch.zeros(1000, dtype=torch.int64)
         >>> dien_ops.functional.mba_adam_(weight, m, v, t, ids, torch.randn(3, 8), lr=1e-3)
     """
-    batch = _mini_batch(
-        weight, ids, grad, lr, l2, counts, padding_idx, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq
-    )
+    batch = _mini_batch(weight, ids, grad, lr, l2, counts, padding_idx, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     _checks.tensor("step", step)
     if step.dtype != torch.int64:
         raise ValueError(f"step must be int64, got {step.dtype}")
@@ -344,7 +342,7 @@ class MBAEmbedding(nn.Embedding):
         self.counts = counts
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # copies and unpickled tables do not see __init__
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         _living.add(self)
 
     @classmethod

@@ -107,9 +107,7 @@ class _MBAOptimizer(Optimizer):
         batches = self._mini_batches()
         if len(batches) > 1:  # a single table is checked by its update
             for batch in batches:
-                torch.ops.dien_ops.mba_check(
-                    batch.ids, batch.counts, batch.weight.shape[0], batch.padding_idx
-                )
+                torch.ops.dien_ops.mba_check(batch.ids, batch.counts, batch.weight.shape[0], batch.padding_idx)
         for batch in batches:
             self._update(batch, float(batch.group["lr"]), self.state[batch.weight])
         return loss

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The papers' equations in plain, differentiable PyTorch: the executable specification.
 
-Every function has the name and the signature of its counterpart in :mod:`dien_ops.functional` and is written to be read
-next to the paper, one line per equation. The kernels are tested against this module in float64, and double backward goes
-through it. It loops over time in Python and is slow; nothing here calls a kernel of this package.
+Every function has the name and the signature of its counterpart in :mod:`dien_ops.functional` and is written to be
+read next to the paper, one line per equation. The kernels are tested against this module in float64, and double
+backward goes through it. It loops over time in Python and is slow; nothing here calls a kernel of this package.
 
 DIN: Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018.
 DIEN: Zhou et al., "Deep Interest Evolution Network for Click-Through Rate Prediction", AAAI 2019.
@@ -150,9 +150,7 @@ def attentional_gru(
     else:
         state = hx if several else hx.unsqueeze(1)
     valid = _valid_steps(lengths, batch, steps, x.device)
-    output, h_n = _recurrence(
-        x, scores, weight_ih, weight_hh, bias_ih, bias_hh, state, valid, gate, reset_after
-    )
+    output, h_n = _recurrence(x, scores, weight_ih, weight_hh, bias_ih, bias_hh, state, valid, gate, reset_after)
     if not several:
         output, h_n = output.squeeze(1), h_n.squeeze(1)
     return output if batch_first else output.movedim(-2, 0), h_n
@@ -168,9 +166,7 @@ def _masked_softmax(logits: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, scores, 0.0)
 
 
-def bilinear_attention(
-    states: Tensor, target: Tensor, weight: Tensor, *, lengths: Tensor | None = None
-) -> Tensor:
+def bilinear_attention(states: Tensor, target: Tensor, weight: Tensor, *, lengths: Tensor | None = None) -> Tensor:
     """a_t = softmax_t(h_t W e_a) (DIEN eq. 8); see :func:`dien_ops.functional.bilinear_attention`."""
     targets = target if target.dim() == 3 else target.unsqueeze(1)
     logits = torch.einsum("bth,ha,bca->bct", states, weight, targets)
@@ -289,9 +285,7 @@ def dice(
         valid = torch.ones(input.shape[:-1], dtype=torch.bool, device=input.device)
     else:
         valid = _valid_steps(lengths, input.size(0), input.size(1), input.device)
-    return _dice(
-        input, valid, alpha, running_mean, running_var, weight, bias, training, momentum, eps
-    )
+    return _dice(input, valid, alpha, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 # ----------------------------------------------------------------------------------------------------- auxiliary loss
@@ -320,7 +314,7 @@ def _auxiliary_logits(
 ) -> Tensor:  # [B, 2, T - 1]: of the clicked and of the sampled items; 0 in padding
     h, e, e_hat = states[:, :-1], positives[:, 1:], negatives[:, 1:]
     logits = torch.stack([(h * e).sum(-1), (h * e_hat).sum(-1)], dim=1)
-    valid = _valid_steps(lengths, *states.shape[:2], states.device)[:, 1:]
+    valid = _valid_steps(lengths, states.size(0), states.size(1), states.device)[:, 1:]
     return torch.where(valid.unsqueeze(1), logits, 0.0)
 
 
@@ -410,7 +404,7 @@ def mba_rowwise_adagrad_(
     padding_idx: int | None = None,
     eps: float = 1e-10,
 ) -> None:
-    """Row-wise Adagrad: one accumulator per row, the mean of g^2; see :func:`dien_ops.functional.mba_rowwise_adagrad_`."""
+    """Row-wise Adagrad: one accumulator per row; see :func:`dien_ops.functional.mba_rowwise_adagrad_`."""
     rows, g = _mini_batch_rows(weight, ids, grad, l2, counts, padding_idx)
     state_sum[rows] += g.square().mean(1)
     weight[rows] -= lr * g / (state_sum[rows].sqrt() + eps).unsqueeze(1)

@@ -10,11 +10,11 @@ import math
 
 import pytest
 import torch
-from helpers import assert_at_most_twice_torchs_error, assert_close, with_threads
 from torch import Tensor
 
 import dien_ops
 from dien_ops import functional, reference
+from helpers import assert_at_most_twice_torchs_error, assert_close, with_threads
 
 RULES = ["sgd", "momentum", "adagrad", "rowwise_adagrad", "adam"]
 EVERY_RULE = pytest.mark.parametrize("rule", RULES)
@@ -106,15 +106,18 @@ def test_mini_batches_of_any_size_are_the_references(rule, count):
 @EVERY_RULE
 @pytest.mark.parametrize("per_row", [3, 400])
 def test_float32_is_as_good_as_torchs(rule, per_row):
-    exact, count = Table(rule, rows=50, dim=20), 50 * per_row
-    ids, grad = torch.randint(50, (count,)), torch.randn(count, 20)
-    ours, theirs = exact.copy(torch.float32), exact.copy(torch.float32)
-    exact.weight = ours.weight.double()
-    assert_at_most_twice_torchs_error(
-        ours.update(functional, ids, grad)[:2],  # the weight and the first state
-        theirs.update(reference, ids, grad)[:2],
-        exact.update(reference, ids, grad.double())[:2],
-    )
+    def draw():
+        exact, count = Table(rule, rows=50, dim=20), 50 * per_row
+        ids, grad = torch.randint(50, (count,)), torch.randn(count, 20)
+        ours, theirs = exact.copy(torch.float32), exact.copy(torch.float32)
+        exact.weight = ours.weight.double()
+        return (
+            ours.update(functional, ids, grad)[:2],  # the weight and the first state
+            theirs.update(reference, ids, grad)[:2],
+            exact.update(reference, ids, grad.double())[:2],
+        )
+
+    assert_at_most_twice_torchs_error(draw() for _ in range(5))
 
 
 def test_ids_beyond_one_digit_of_the_sort_are_the_references():
@@ -137,9 +140,7 @@ def test_rows_that_are_not_in_the_mini_batch_keep_their_bits(rule):
 
 def test_an_id_decays_once_per_mini_batch_however_often_it_occurs():
     weight = torch.ones(4, 2, dtype=torch.float64)
-    functional.mba_sgd_(
-        weight, torch.tensor([1, 1, 1]), torch.zeros(3, 2, dtype=torch.float64), lr=0.5, l2=0.2
-    )
+    functional.mba_sgd_(weight, torch.tensor([1, 1, 1]), torch.zeros(3, 2, dtype=torch.float64), lr=0.5, l2=0.2)
     torch.testing.assert_close(weight[1], torch.full((2,), 0.9, dtype=torch.float64))
 
 
@@ -422,9 +423,7 @@ def through_pickle(table):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, copy.copy, through_pickle], ids=["deepcopy", "copy", "pickle"]
-)
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, through_pickle], ids=["deepcopy", "copy", "pickle"])
 def test_copies_own_their_weight(copied):
     table = copied(dien_ops.MBAEmbedding(4, 2))
     assert table in owners_of(table.weight)

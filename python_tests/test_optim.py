@@ -29,9 +29,7 @@ def make(name: str, params, **options):
     return cls(params, **{**defaults, **options})
 
 
-def table(
-    rows: int = 9, dim: int = 3, dtype: torch.dtype = torch.float64, **options
-) -> dien_ops.MBAEmbedding:
+def table(rows: int = 9, dim: int = 3, dtype: torch.dtype = torch.float64, **options) -> dien_ops.MBAEmbedding:
     return dien_ops.MBAEmbedding(rows, dim, dtype=dtype, **options)
 
 
@@ -214,9 +212,7 @@ def test_tables_that_share_a_weight_share_their_counts():
     optimizer = optim.MBASGD(second.parameters(), lr=1.0, l2=0.1)
     torch.testing.assert_close(decay_of(second, optimizer), DECAY)
     second.counts = COUNTS + 1
-    with pytest.raises(
-        RuntimeError, match=r"2 MBAEmbeddings share a weight .* pass the optimizer the counts to use"
-    ):
+    with pytest.raises(RuntimeError, match=r"2 MBAEmbeddings share a weight .* pass the optimizer the counts to use"):
         decay_of(second, optimizer)
     optimizer.param_groups[0]["counts"] = COUNTS
     torch.testing.assert_close(decay_of(second, optimizer), DECAY)
@@ -393,9 +389,7 @@ def test_state_that_does_not_fit_one_table_leaves_every_bit_of_all(name, spoil, 
 
 
 def test_parameters_that_are_no_tables_are_refused_at_once():
-    with pytest.raises(
-        ValueError, match=r"MBASGD updates embedding tables .* got a parameter of shape \[5\]"
-    ):
+    with pytest.raises(ValueError, match=r"MBASGD updates embedding tables .* got a parameter of shape \[5\]"):
         optim.MBASGD(nn.Linear(3, 5).parameters(), lr=0.1)
     optimizer = optim.MBASGD(table().parameters(), lr=0.1)
     with pytest.raises(ValueError, match="updates embedding tables"):
