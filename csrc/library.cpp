@@ -31,4 +31,18 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
         "dice_backward(Tensor grad_output, Tensor input, Tensor alpha, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
         "Tensor? lengths, bool batch_statistics, float eps) "
         "-> (Tensor grad_input, Tensor grad_alpha, Tensor grad_weight, Tensor grad_bias)");
+
+    // activation_unit: DIN's network over [q, k, q - k, q * k]. activation: sigmoid | prelu | dice. weights: one of each layer, the
+    // output layer last; alphas: one of each hidden layer, none for the sigmoid. running_means and running_vars: one of each
+    // hidden layer, or none for Dice with the batch's statistics. statistics [2, sum of hidden sizes]: the means and variances
+    // used. hidden: what the backward needs with batch statistics
+    m.def(
+        "local_activation_unit(Tensor query, Tensor keys, Tensor[] weights, Tensor[] biases, Tensor[] alphas, "
+        "Tensor[] running_means, Tensor[] running_vars, Tensor? lengths, str activation, float eps, bool softmax) "
+        "-> (Tensor pooled, Tensor scores, Tensor statistics, Tensor hidden)");
+    m.def(
+        "local_activation_unit_backward(Tensor? grad_pooled, Tensor? grad_scores, Tensor query, Tensor keys, Tensor[] weights, "
+        "Tensor[] biases, Tensor[] alphas, Tensor statistics, Tensor hidden, Tensor scores, Tensor? lengths, str activation, "
+        "bool batch_statistics, float eps, bool softmax) "
+        "-> (Tensor grad_query, Tensor grad_keys, Tensor[] grad_weights, Tensor[] grad_biases, Tensor[] grad_alphas)");
 }

@@ -16,9 +16,9 @@
 
 #include <cstring>
 
+#include "cpu/attention_rows.h"
 #include "cpu/gemm.h"
 #include "cpu/scratch.h"
-#include "cpu/softmax.h"
 
 namespace dien_ops::cpu {
 namespace {
@@ -31,24 +31,6 @@ void for_blocks(const Problem& p, int64_t block_begin, int64_t block_end, F&& f)
     for (int64_t block = block_begin; block < block_end; ++block) {
         const int64_t begin = block * p.sequences_per_block, left = p.batch - begin;
         f(block, begin, begin + (left < p.sequences_per_block ? left : p.sequences_per_block));
-    }
-}
-
-// logits[t] = states[t] . g for `rows` rows of H. The last vector of a row is moved left until it fits; what it shares with the
-// one before is multiplied by 0.
-template <typename T>
-void dot_rows(const T* states, const T* g, T* logits, int64_t rows, int64_t H) {
-    constexpr int64_t kSize = Vec<T>::kSize;
-    const int64_t whole = H / kSize * kSize, rest = H - whole, last = H < kSize ? 0 : H - kSize;
-    const int64_t last_lanes = H < kSize ? H : kSize;
-    Vec<T> g_last = Vec<T>::load(g + last, last_lanes);
-    for (int64_t i = 0; i < last_lanes - rest; ++i) g_last.v[i] = 0;
-    for (int64_t t = 0; t < rows; ++t) {
-        const T* h = states + t * H;
-        Vec<T> total;
-        for (int64_t j = 0; j < whole; j += kSize) total += Vec<T>::load(h + j) * Vec<T>::load(g + j);
-        if (rest > 0) total += Vec<T>::load(h + last, last_lanes) * g_last;
-        logits[t] = sum(total);
     }
 }
 
@@ -83,7 +65,7 @@ void bilinear_attention_forward(const BilinearAttentionForward<T>& p, int64_t bl
             }
             for (int64_t c = 0; c < C; ++c) {
                 T* row = scores + c * steps;
-                if (!many) dot_rows(states, projected + c * H, row, length, H);
+                if (!many) dot_rows(states, H, projected + c * H, row, length, H);
                 softmax_row(row, length);
                 std::memset(row + length, 0, (steps - length) * sizeof(T));
             }

@@ -129,12 +129,17 @@ struct DiceColumns {
     const T* alpha;  // [C]
 };
 
+template <typename T>
+T dice_scale(T weight, T var, double eps) {
+    return T(weight / (__builtin_sqrt(double(var)) + eps));
+}
+
 // Fills data [4, C]. weight and bias may be null.
 template <typename T>
 void fill_dice_columns(const T* mean, const T* var, const T* weight, const T* bias, const T* alpha, double eps, int64_t C, T* data) {
     for (int64_t c = 0; c < C; ++c) {
         data[c] = mean[c];
-        data[C + c] = T((weight != nullptr ? weight[c] : 1) / (__builtin_sqrt(double(var[c])) + eps));
+        data[C + c] = dice_scale(weight != nullptr ? weight[c] : T(1), var[c], eps);
         data[2 * C + c] = bias != nullptr ? bias[c] : T(0);
         data[3 * C + c] = alpha[c];
     }

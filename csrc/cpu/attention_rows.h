@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Softmax over one row and its derivative: what both attentions of the package need.
+// What both attentions of the package do with a row of scores.
 #pragma once
 
 #include <cstring>
@@ -8,6 +8,23 @@
 
 namespace dien_ops::cpu {
 namespace {
+
+// dots[r] = x[r] . y for `rows` rows of n values, `stride` apart. The last vector of a row is moved left until it fits; what it
+// shares with the one before is multiplied by 0.
+template <typename T>
+void dot_rows(const T* x, int64_t stride, const T* y, T* dots, int64_t rows, int64_t n) {
+    constexpr int64_t kSize = Vec<T>::kSize;
+    const int64_t whole = n / kSize * kSize, rest = n - whole, last = n < kSize ? 0 : n - kSize;
+    const int64_t last_lanes = n < kSize ? n : kSize;
+    Vec<T> y_last = Vec<T>::load(y + last, last_lanes);
+    for (int64_t i = 0; i < last_lanes - rest; ++i) y_last.v[i] = 0;
+    for (int64_t r = 0; r < rows; ++r, x += stride) {
+        Vec<T> total;
+        for (int64_t i = 0; i < whole; i += kSize) total += Vec<T>::load(x + i) * Vec<T>::load(y + i);
+        if (rest > 0) total += Vec<T>::load(x + last, last_lanes) * y_last;
+        dots[r] = sum(total);
+    }
+}
 
 // x [n] becomes its softmax. Nothing happens where n is 0.
 template <typename T>
