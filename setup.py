@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drives CMake: configure, build with Ninja, install the native libraries into the package. Metadata: pyproject.toml."""
+"""Drives CMake: configure, build with Ninja, install the native files into the package. Metadata: pyproject.toml."""
 
 import os
 import re

@@ -23,15 +23,6 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
         "bilinear_attention_backward(Tensor grad_scores, Tensor states, Tensor target, Tensor weight, Tensor projected, "
         "Tensor scores, Tensor? lengths) -> (Tensor grad_states, Tensor grad_target, Tensor grad_weight)");
 
-    // dice: with mean and var where they are given, else with those of the input; used_mean and used_var: either of them
-    m.def(
-        "dice(Tensor input, Tensor alpha, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, Tensor? lengths, float eps) "
-        "-> (Tensor output, Tensor used_mean, Tensor used_var)");
-    m.def(
-        "dice_backward(Tensor grad_output, Tensor input, Tensor alpha, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
-        "Tensor? lengths, bool batch_statistics, float eps) "
-        "-> (Tensor grad_input, Tensor grad_alpha, Tensor grad_weight, Tensor grad_bias)");
-
     // activation_unit: DIN's network over [q, k, q - k, q * k]. activation: sigmoid | prelu | dice. weights: one of each layer, the
     // output layer last; alphas: one of each hidden layer, none for the sigmoid. running_means and running_vars: one of each
     // hidden layer, or none for Dice with the batch's statistics. statistics [2, sum of hidden sizes]: the means and variances
@@ -45,4 +36,39 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
         "Tensor[] biases, Tensor[] alphas, Tensor statistics, Tensor hidden, Tensor scores, Tensor? lengths, str activation, "
         "bool batch_statistics, float eps, bool softmax) "
         "-> (Tensor grad_query, Tensor grad_keys, Tensor[] grad_weights, Tensor[] grad_biases, Tensor[] grad_alphas)");
+
+    // dice: with mean and var where they are given, else with those of the input; used_mean and used_var: either of them
+    m.def(
+        "dice(Tensor input, Tensor alpha, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, Tensor? lengths, float eps) "
+        "-> (Tensor output, Tensor used_mean, Tensor used_var)");
+    m.def(
+        "dice_backward(Tensor grad_output, Tensor input, Tensor alpha, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+        "Tensor? lengths, bool batch_statistics, float eps) "
+        "-> (Tensor grad_input, Tensor grad_alpha, Tensor grad_weight, Tensor grad_bias)");
+
+    // embedding: one update of the rows that ids [N] name, each once, by the sum of its gradient rows grad [N, D] plus
+    // (l2 / n_j) w_j; rows equal to padding_idx are left alone
+    m.def(
+        "mba_sgd_(Tensor(a!) weight, Tensor(b!)? momentum_buffer, Tensor ids, Tensor grad, Tensor? counts, int? padding_idx, "
+        "float lr, float l2, float momentum) -> ()");
+    m.def(
+        "mba_adagrad_(Tensor(a!) weight, Tensor(b!) state_sum, Tensor ids, Tensor grad, Tensor? counts, int? padding_idx, "
+        "float lr, float l2, float eps) -> ()");
+    m.def(
+        "mba_rowwise_adagrad_(Tensor(a!) weight, Tensor(b!) state_sum, Tensor ids, Tensor grad, Tensor? counts, "
+        "int? padding_idx, float lr, float l2, float eps) -> ()");
+    m.def(
+        "mba_adam_(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor ids, Tensor grad, "
+        "Tensor? counts, int? padding_idx, float lr, float l2, float beta1, float beta2, float eps) -> ()");
+    m.def("mba_check(Tensor ids, Tensor? counts, int num_embeddings, int? padding_idx) -> ()");
+
+    // aux_loss: logits [B, 2, max(T - 1, 0)] of the clicked and the sampled items, and their loss. reduction: paper | mean |
+    // authors
+    m.def("auxiliary_logits(Tensor states, Tensor positives, Tensor negatives, Tensor? lengths) -> Tensor");
+    m.def(
+        "auxiliary_logits_backward(Tensor grad_logits, Tensor states, Tensor positives, Tensor negatives, Tensor? lengths) "
+        "-> (Tensor grad_states, Tensor grad_positives, Tensor grad_negatives)");
+    m.def("auxiliary_loss(Tensor logits, Tensor? lengths, SymInt steps, str reduction) -> Tensor");
+    m.def(
+        "auxiliary_loss_backward(Tensor grad_loss, Tensor logits, Tensor? lengths, SymInt steps, str reduction) -> Tensor");
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Double backward for every operator: the derivative of a backward kernel, taken through ``reference.py``'s equations."""
+"""Double backward for every operator: the derivative of a backward kernel, through ``reference.py``'s equations."""
 
 from __future__ import annotations
 
@@ -38,26 +38,20 @@ def backward_of_backward(
         grad_outputs = [tracked(g) for g in grad_outputs]
         outputs = reference(*primals)
         present = [(y, g) for y, g in zip(outputs, grad_outputs, strict=True) if g is not None]
-        wanted = [i for i, x in enumerate(primals) if x is not None and x.requires_grad]
+        wanted = [(x, gg) for x, gg in zip(primals, grad_grads, strict=True) if x is not None and x.requires_grad]
         grads = torch.autograd.grad(
             [y for y, _ in present],
-            [primals[i] for i in wanted],
+            [x for x, _ in wanted],
             [g for _, g in present],
             create_graph=True,
             materialize_grads=True,
         )
-        terms = [
-            (g * grad_grads[i]).sum() for i, g in zip(wanted, grads, strict=True) if grad_grads[i] is not None
-        ]
+        terms = [(g * gg).sum() for g, (_, gg) in zip(grads, wanted, strict=True) if gg is not None]
         variables = [x for x in [*grad_outputs, *primals] if x is not None and x.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(variables)
         if terms:
-            found = torch.autograd.grad(
-                torch.stack(terms).sum(), variables, create_graph=create_graph, allow_unused=True
-            )
-        else:
-            found = (None,) * len(variables)
+            total = torch.stack(terms).sum()
+            found = torch.autograd.grad(total, variables, create_graph=create_graph, allow_unused=True)
     remaining = iter(found)
-    result = [
-        next(remaining) if x is not None and x.requires_grad else None for x in [*grad_outputs, *primals]
-    ]
+    result = [next(remaining) if x is not None and x.requires_grad else None for x in [*grad_outputs, *primals]]
     return result[: len(grad_outputs)], result[len(grad_outputs) :]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks. Each names the argument, what was expected and what came, and raises what torch raises for it:
-``TypeError`` for a wrong Python type, ``ValueError`` for a wrong rank, dtype or name, ``RuntimeError`` for a wrong size or device."""
+``TypeError`` for a wrong Python type, ``ValueError`` for a wrong rank, dtype or name, ``RuntimeError`` for a wrong size
+or device."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ def load() -> None:
     """Loads the CPU library, which registers every operator under ``torch.ops.dien_ops``.
 
     Raises:
-        ImportError: torch is too old, the library is missing or does not load, or ``DIEN_OPS_CPU_CAPABILITY`` is unusable.
+        ImportError: torch is too old, the library is missing or does not load, or ``DIEN_OPS_CPU_CAPABILITY`` names
+            an instruction set that cannot be used.
     """
     running = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if running < _OLDEST_TORCH:

@@ -75,7 +75,7 @@ def _save_for_gru_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 
 def _gru_backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, _: None) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
-    if tensors[-1].numel() == 0 and tensors[0].numel() > 0:
+    if tensors[-1].dim() == 1:
         raise RuntimeError("dien_ops::gru was called with save_gates=False and cannot be differentiated")
     grads = torch.ops.dien_ops.gru_backward(grad_output, grad_h_n, *tensors, *ctx.options)
     present = [g if x is not None else None for g, x in zip(grads, tensors, strict=False)]
@@ -92,25 +92,26 @@ def _gru_double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...
     grad_output, grad_h_n, *primals, lengths = ctx.saved_tensors
     gate, reset_after, batch_first, reverse = ctx.options
 
-    def equations(x: Tensor, a: Tensor | None, hx: Tensor | None, *parameters: Tensor) -> Sequence[Tensor]:
-        if gate == "none":
-            return reference.gru(
-                x, *parameters, hx=hx, lengths=lengths,
-                batch_first=batch_first, reverse=reverse, reset_after=reset_after,
-            )  # fmt: skip
-        assert a is not None
-        return reference.attentional_gru(
-            x, a, *parameters, hx=hx, gate=gate, reset_after=reset_after, lengths=lengths, batch_first=batch_first
-        )
+    def equations(
+        x: Tensor,
+        a: Tensor | None,
+        hx: Tensor | None,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None,
+        b_hh: Tensor | None,
+    ) -> Sequence[Tensor]:
+        options = {"lengths": lengths, "batch_first": batch_first, "reset_after": reset_after}
+        if a is None:
+            return reference.gru(x, w_ih, w_hh, b_ih, b_hh, hx, reverse=reverse, **options)
+        return reference.attentional_gru(x, a, w_ih, w_hh, b_ih, b_hh, hx, gate=gate, **options)
 
     for_grads, for_primals = backward_of_backward(equations, primals, [grad_output, grad_h_n], grad_grads)
     return (*for_grads, *for_primals, *[None] * 7)  # lengths, output, gates; the options
 
 
 torch.library.register_autograd("dien_ops::gru", _gru_backward, setup_context=_save_for_gru_backward)
-torch.library.register_autograd(
-    "dien_ops::gru_backward", _gru_double_backward, setup_context=_save_for_double_backward
-)
+torch.library.register_autograd("dien_ops::gru_backward", _gru_double_backward, setup_context=_save_for_double_backward)
 
 # --------------------------------------------------------------------------------------------------------- functional
 
@@ -156,9 +157,7 @@ def _run(
             expected, axes = ([batch, steps], "[B, T]") if batch_first else ([steps, batch], "[T, B]")
         _checks.shape("attention", attention, expected, axes)
     _checks.shape("hx", hx, [*rows, hidden], meaning)
-    save_gates = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (input, *tensors.values())
-    )
+    save_gates = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, *tensors.values()))
     output, h_n, _ = torch.ops.dien_ops.gru(
         input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths,
         gate, reset_after, batch_first, reverse, save_gates,
@@ -237,14 +236,12 @@ def attentional_gru(
 
     With r, z, n as in :func:`gru` and the step's score a:
 
-    =============  =========================================================  ============================================
-    gate           new state                                                  name
-    =============  =========================================================  ============================================
-    ``"paper"``    :math:`h' = (1 - a u) h + a u n`, :math:`u = 1 - z`        AUGRU, eq. 11-12; a = 1 is the GRU, a = 0 stands still
-    ``"authors"``  :math:`h' = (1 - z') n + z' h`, :math:`z' = (1 - a) z`     AUGRU as released; a = 0 is the GRU, a = 1 overwrites h
-    ``"replace"``  :math:`h' = (1 - a) h + a n`                               AGRU, eq. 10
-    ``"input"``    the GRU over :math:`a x`                                   AIGRU, eq. 9
-    =============  =========================================================  ============================================
+    * ``"paper"`` (AUGRU, eq. 11-12): :math:`h' = (1 - a u) h + a u n` with :math:`u = 1 - z`. With a = 1 it is the GRU;
+      with a = 0 the state stands still.
+    * ``"authors"`` (AUGRU as released): :math:`h' = (1 - z') n + z' h` with :math:`z' = (1 - a) z`. With a = 0 it is
+      the GRU; with a = 1 the candidate replaces the state.
+    * ``"replace"`` (AGRU, eq. 10): :math:`h' = (1 - a) h + a n`.
+    * ``"input"`` (AIGRU, eq. 9): the GRU over :math:`a x`.
 
     The two AUGRUs cannot be converted into each other by their weights.
 
@@ -269,7 +266,8 @@ def attentional_gru(
     Example:
         >>> w_ih, w_hh = torch.randn(12, 3), torch.randn(12, 4)
         >>> scores = torch.softmax(torch.randn(2, 7, 5), dim=-1)  # 7 targets for each of 2 sequences
-        >>> output, h_n = dien_ops.functional.attentional_gru(torch.randn(2, 5, 3), scores, w_ih, w_hh, batch_first=True)
+        >>> x = torch.randn(2, 5, 3)
+        >>> output, h_n = dien_ops.functional.attentional_gru(x, scores, w_ih, w_hh, batch_first=True)
         >>> output.shape, h_n.shape
         (torch.Size([2, 7, 5, 4]), torch.Size([2, 7, 4]))
     """
@@ -332,10 +330,10 @@ class _Recurrent(nn.Module):
 
 
 class GRU(_Recurrent):
-    r"""A GRU (DIEN eq. 2-5): constructor, parameters, initialisation, state_dict and results of :class:`torch.nn.GRU`.
+    r"""A GRU (DIEN eq. 2-5): constructor, parameters, initialisation and results of :class:`torch.nn.GRU`.
 
     Beyond it: ``lengths`` on the input's device with zeros allowed and no packing, backward in eval mode, double
-    backward, ``torch.compile(fullgraph=True)`` and ``torch.export`` without a graph break, bitwise reproducible results.
+    backward, ``torch.compile(fullgraph=True)`` and ``torch.export`` without a graph break, reproducible bits.
     Equations: :func:`dien_ops.functional.gru`.
 
     Args:
@@ -383,8 +381,10 @@ class GRU(_Recurrent):
         _check_sizes(input_size, hidden_size)
         if num_layers <= 0:
             raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
-        if not isinstance(dropout, numbers.Number) or isinstance(dropout, bool) or not 0 <= dropout <= 1:  # type: ignore[operator]
-            raise ValueError(f"dropout must be a number in 0..1, the probability of dropping an output, got {dropout!r}")
+        if not isinstance(dropout, numbers.Number) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
+            raise ValueError(
+                f"dropout must be a number in 0..1, the probability of dropping an output, got {dropout!r}"
+            )
         if dropout > 0 and num_layers == 1:
             warnings.warn(
                 f"dropout acts between layers, on the outputs of all but the last: dropout={dropout} does nothing "
@@ -459,7 +459,7 @@ class GRU(_Recurrent):
             expected = (self.num_layers * len(self._directions), batch, self.hidden_size)
             if tuple(hx.shape) != expected:
                 raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.shape)}")
-        layer_input, states = input, []
+        layer_input, states = input, list[Tensor]()
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0:
                 layer_input = F.dropout(layer_input, self.dropout, self.training)
@@ -576,16 +576,18 @@ class AIGRU(_AttentionalGRU):
 
 
 class AGRU(_AttentionalGRU):
-    __doc__ = f"""Attention based GRU (DIEN eq. 10): h' = (1 - a) h + a n, the score replaces the update gate.{_SHAPES}"""
+    __doc__ = (
+        f"""Attention based GRU (DIEN eq. 10): h' = (1 - a) h + a n, the score replaces the update gate.{_SHAPES}"""
+    )
     gate = "replace"
 
 
 class AUGRU(_AttentionalGRU):
     __doc__ = f"""GRU with attentional update gate (DIEN eq. 11-12).
 
-    ``gate="paper"``: h' = (1 - a u) h + a u n with u = 1 - z. With a = 1 it is the GRU; with a = 0 the state stands still.
-    ``gate="authors"``: h' = (1 - z') n + z' h with z' = (1 - a) z, the form of the released code, oneDNN and OpenVINO.
-    With a = 0 it is the GRU. Neither can be converted into the other.{_SHAPES}
+    ``gate="paper"``: h' = (1 - a u) h + a u n with u = 1 - z. With a = 1 it is the GRU; with a = 0 the state stands
+    still. ``gate="authors"``: h' = (1 - z') n + z' h with z' = (1 - a) z, the form of the released code, oneDNN and
+    OpenVINO. With a = 0 it is the GRU. Neither can be converted into the other.{_SHAPES}
     Example:
         >>> augru = dien_ops.AUGRU(36, 36, batch_first=True)
         >>> scores = torch.softmax(torch.randn(1, 200, 50), dim=-1)  # 200 ads for one user
@@ -607,9 +609,7 @@ class AUGRU(_AttentionalGRU):
         gate: str = "paper",
     ) -> None:
         _checks.one_of("gate", gate, ("paper", "authors"))
-        super().__init__(
-            input_size, hidden_size, bias, batch_first, device, dtype, reset_after=reset_after
-        )
+        super().__init__(input_size, hidden_size, bias, batch_first, device, dtype, reset_after=reset_after)
         self.gate = gate
 
     def extra_repr(self) -> str:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The papers' equations in plain, differentiable PyTorch: the executable specification.
 
-Every function has the name and the signature of its counterpart in :mod:`dien_ops.functional` and is written to be read
-next to the paper, one line per equation. The kernels are tested against this module in float64, and double backward goes
-through it. It loops over time in Python and is slow; nothing here calls a kernel of this package.
+Every function has the name and the signature of its counterpart in :mod:`dien_ops.functional` and is written to be
+read next to the paper, one line per equation. The kernels are tested against this module in float64, and double
+backward goes through it. It loops over time in Python and is slow; nothing here calls a kernel of this package.
 
 DIN: Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018.
 DIEN: Zhou et al., "Deep Interest Evolution Network for Click-Through Rate Prediction", AAAI 2019.
@@ -150,9 +150,7 @@ def attentional_gru(
     else:
         state = hx if several else hx.unsqueeze(1)
     valid = _valid_steps(lengths, batch, steps, x.device)
-    output, h_n = _recurrence(
-        x, scores, weight_ih, weight_hh, bias_ih, bias_hh, state, valid, gate, reset_after
-    )
+    output, h_n = _recurrence(x, scores, weight_ih, weight_hh, bias_ih, bias_hh, state, valid, gate, reset_after)
     if not several:
         output, h_n = output.squeeze(1), h_n.squeeze(1)
     return output if batch_first else output.movedim(-2, 0), h_n
@@ -168,9 +166,7 @@ def _masked_softmax(logits: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, scores, 0.0)
 
 
-def bilinear_attention(
-    states: Tensor, target: Tensor, weight: Tensor, *, lengths: Tensor | None = None
-) -> Tensor:
+def bilinear_attention(states: Tensor, target: Tensor, weight: Tensor, *, lengths: Tensor | None = None) -> Tensor:
     """a_t = softmax_t(h_t W e_a) (DIEN eq. 8); see :func:`dien_ops.functional.bilinear_attention`."""
     targets = target if target.dim() == 3 else target.unsqueeze(1)
     logits = torch.einsum("bth,ha,bca->bct", states, weight, targets)
@@ -289,9 +285,7 @@ def dice(
         valid = torch.ones(input.shape[:-1], dtype=torch.bool, device=input.device)
     else:
         valid = _valid_steps(lengths, input.size(0), input.size(1), input.device)
-    return _dice(
-        input, valid, alpha, running_mean, running_var, weight, bias, training, momentum, eps
-    )
+    return _dice(input, valid, alpha, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 # ----------------------------------------------------------------------------------------------------- auxiliary loss
@@ -307,15 +301,29 @@ def auxiliary_loss(
     reduction: str = "paper",
 ) -> Tensor:
     """L_aux of DIEN eq. 6 over whole sequences; see :func:`dien_ops.functional.auxiliary_loss`."""
-    batch, steps = states.shape[:2]
-    h, e, e_hat = states[:, :-1], positives[:, 1:], negatives[:, 1:]
     if callable(scorer):
-        clicked, sampled = scorer(h, e), scorer(h, e_hat)
+        h, e, e_hat = states[:, :-1], positives[:, 1:], negatives[:, 1:]
+        logits = torch.stack([scorer(h, e), scorer(h, e_hat)], dim=1)
     else:
-        clicked, sampled = (h * e).sum(-1), (h * e_hat).sum(-1)
+        logits = _auxiliary_logits(states, positives, negatives, lengths)
+    return _loss_of_logits(logits, lengths, states.size(1), reduction)
+
+
+def _auxiliary_logits(
+    states: Tensor, positives: Tensor, negatives: Tensor, lengths: Tensor | None
+) -> Tensor:  # [B, 2, T - 1]: of the clicked and of the sampled items; 0 in padding
+    h, e, e_hat = states[:, :-1], positives[:, 1:], negatives[:, 1:]
+    logits = torch.stack([(h * e).sum(-1), (h * e_hat).sum(-1)], dim=1)
+    valid = _valid_steps(lengths, states.size(0), states.size(1), states.device)[:, 1:]
+    return torch.where(valid.unsqueeze(1), logits, 0.0)
+
+
+def _loss_of_logits(logits: Tensor, lengths: Tensor | None, steps: int, reduction: str) -> Tensor:
+    batch = logits.size(0)
+    clicked, sampled = logits.unbind(1)
     # -log sigma(x) = softplus(-x) and -log(1 - sigma(x)) = softplus(x): never log(0)
     losses = F.softplus(-clicked) + F.softplus(sampled)
-    valid = _valid_steps(lengths, batch, steps, states.device)[:, 1:]
+    valid = _valid_steps(lengths, batch, steps, logits.device)[:, 1:]
     total = torch.where(valid, losses, 0.0).sum()
     if reduction == "paper":
         return total / max(batch, 1)
@@ -330,9 +338,13 @@ def auxiliary_loss(
 
 
 def _mini_batch_rows(
-    weight: Tensor, ids: Tensor, grad: Tensor, l2: float, counts: Tensor | None
+    weight: Tensor, ids: Tensor, grad: Tensor, l2: float, counts: Tensor | None, padding_idx: int | None
 ) -> tuple[Tensor, Tensor]:
     """The ids of the mini-batch, each once, and g_j + (l2 / n_j) w_j for each of them (DIN eq. 7)."""
+    ids, grad = ids.flatten(), grad.reshape(-1, weight.size(1))
+    if padding_idx is not None:
+        kept = ids != padding_idx % weight.size(0)
+        ids, grad = ids[kept], grad[kept]
     rows, inverse = torch.unique(ids, return_inverse=True)
     summed = grad.new_zeros(rows.numel(), weight.size(1)).index_add_(0, inverse, grad).to(weight.dtype)
     n = counts[rows].to(weight.dtype).unsqueeze(1) if counts is not None else 1.0
@@ -348,11 +360,12 @@ def mba_sgd_(
     lr: float,
     l2: float = 0.01,
     counts: Tensor | None = None,
+    padding_idx: int | None = None,
     momentum_buffer: Tensor | None = None,
     momentum: float = 0.0,
 ) -> None:
     """SGD on the mini-batch's rows (DIN eq. 7); see :func:`dien_ops.functional.mba_sgd_`."""
-    rows, g = _mini_batch_rows(weight, ids, grad, l2, counts)
+    rows, g = _mini_batch_rows(weight, ids, grad, l2, counts, padding_idx)
     if momentum_buffer is not None:
         g = momentum * momentum_buffer[rows] + g
         momentum_buffer[rows] = g
@@ -369,10 +382,11 @@ def mba_adagrad_(
     lr: float,
     l2: float = 0.01,
     counts: Tensor | None = None,
+    padding_idx: int | None = None,
     eps: float = 1e-10,
 ) -> None:
     """Adagrad on the mini-batch's rows; see :func:`dien_ops.functional.mba_adagrad_`."""
-    rows, g = _mini_batch_rows(weight, ids, grad, l2, counts)
+    rows, g = _mini_batch_rows(weight, ids, grad, l2, counts, padding_idx)
     state_sum[rows] += g * g
     weight[rows] -= lr * g / (state_sum[rows].sqrt() + eps)
 
@@ -387,10 +401,11 @@ def mba_rowwise_adagrad_(
     lr: float,
     l2: float = 0.01,
     counts: Tensor | None = None,
+    padding_idx: int | None = None,
     eps: float = 1e-10,
 ) -> None:
-    """Row-wise Adagrad: one accumulator per row, the mean of g^2; see :func:`dien_ops.functional.mba_rowwise_adagrad_`."""
-    rows, g = _mini_batch_rows(weight, ids, grad, l2, counts)
+    """Row-wise Adagrad: one accumulator per row; see :func:`dien_ops.functional.mba_rowwise_adagrad_`."""
+    rows, g = _mini_batch_rows(weight, ids, grad, l2, counts, padding_idx)
     state_sum[rows] += g.square().mean(1)
     weight[rows] -= lr * g / (state_sum[rows].sqrt() + eps).unsqueeze(1)
 
@@ -409,9 +424,10 @@ def mba_adam_(
     eps: float = 1e-8,
     l2: float = 0.01,
     counts: Tensor | None = None,
+    padding_idx: int | None = None,
 ) -> None:
     """Lazy Adam with a step count per row; see :func:`dien_ops.functional.mba_adam_`."""
-    rows, g = _mini_batch_rows(weight, ids, grad, l2, counts)
+    rows, g = _mini_batch_rows(weight, ids, grad, l2, counts, padding_idx)
     beta1, beta2 = betas
     step[rows] += 1
     t = step[rows].to(weight.dtype).unsqueeze(1)

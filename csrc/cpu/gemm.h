@@ -2,7 +2,8 @@
 // The small matrix products inside the kernels. Two shapes cover everything:
 //   multiply           C[M, N] (+)= A[M, K] B[K, N]   with B packed once into column panels (weights, used many times)
 //   accumulate_outer   C[M, N]  += A[K, M]^T B[K, N]  over K rows (weight gradients: the sum over batch and time)
-// Both keep a tile of kTileRows x kTileVectors vectors of C in registers while they run along K. The order of every sum
+// Both keep a tile of kTileRows x kTileVectors vectors of sums in registers while they run along K. The sums start at zero and
+// are added to C once, at the end: K small terms added to a large C one by one would each be rounded at C's size. The order of every sum
 // depends on K alone, never on the number of threads.
 #pragma once
 
@@ -41,14 +42,6 @@ void multiply_tile(const T* a, int64_t lda, const T* panel, int64_t K, const T* 
                    int64_t width) {
     constexpr int64_t kSize = Vec<T>::kSize;
     Vec<T> sums[kRows][kTileVectors];
-    for (int64_t v = 0; v < kTileVectors; ++v) {
-        const int64_t left = width - v * kSize;
-        const int64_t lanes = left < 0 ? 0 : left < kSize ? left : kSize;
-        const Vec<T> start = bias != nullptr && lanes > 0 ? Vec<T>::load(bias + v * kSize, lanes) : Vec<T>();
-        for (int64_t m = 0; m < kRows; ++m) {
-            sums[m][v] = accumulate && lanes > 0 ? start + Vec<T>::load(c + m * ldc + v * kSize, lanes) : start;
-        }
-    }
     for (int64_t k = 0; k < K; ++k) {
         Vec<T> b[kTileVectors];
 #pragma GCC unroll 3
@@ -63,7 +56,12 @@ void multiply_tile(const T* a, int64_t lda, const T* panel, int64_t K, const T* 
     for (int64_t v = 0; v < kTileVectors; ++v) {
         const int64_t left = width - v * kSize;
         if (left <= 0) break;
-        for (int64_t m = 0; m < kRows; ++m) sums[m][v].store(c + m * ldc + v * kSize, left < kSize ? left : kSize);
+        const int64_t lanes = left < kSize ? left : kSize;
+        const Vec<T> start = bias != nullptr ? Vec<T>::load(bias + v * kSize, lanes) : Vec<T>();
+        for (int64_t m = 0; m < kRows; ++m) {
+            T* const p = c + m * ldc + v * kSize;
+            (start + (accumulate ? Vec<T>::load(p, lanes) + sums[m][v] : sums[m][v])).store(p, lanes);
+        }
     }
 }
 

@@ -197,52 +197,60 @@ const T* projected_gradient(const GruBackward<T>& p, int64_t b, int64_t* stride)
     return p.grad_gates + b * p.steps * *stride;
 }
 
-// total[j] += sum over k of rows[k * stride + j], j in [begin, end)
+// total[j] += sum over k of rows[k * stride + j], j < n. Four running sums: a quarter of the roundings each.
 template <typename T>
-void add_column_sums(const T* rows, int64_t stride, int64_t count, int64_t begin, int64_t end, T* total) {
-    for_vectors<T>(end - begin, [&](int64_t j, int64_t lanes) {
-        Vec<T> column;
-        for (int64_t k = 0; k < count; ++k) column += Vec<T>::load(rows + k * stride + begin + j, lanes);
-        (Vec<T>::load(total + begin + j, lanes) + column).store(total + begin + j, lanes);
+void add_column_sums(const T* rows, int64_t stride, int64_t count, int64_t n, T* total) {
+    for_vectors<T>(n, [&](int64_t j, int64_t lanes) {
+        Vec<T> sums[4];
+        for (int64_t k = 0; k < count; ++k) sums[k % 4] += Vec<T>::load(rows + k * stride + j, lanes);
+        const Vec<T> column = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        (Vec<T>::load(total + j, lanes) + column).store(total + j, lanes);
     });
 }
 
-// grad_weight_hh and grad_bias_hh, rows [begin, end) of 3H, from one row of the batch. `shift` is where in grad_gates the
-// gradient of these rows' product with h begins, relative to its place in weight_hh.
+// total[j] += x[j], j < n
 template <typename T>
-void add_recurrent_weights(const GruBackward<T>& p, int64_t row, int64_t begin, int64_t end, int64_t shift, T* reset_states) {
+void add(const T* x, int64_t n, T* total) {
+    for_vectors<T>(n, [&](int64_t j, int64_t lanes) {
+        (Vec<T>::load(total + j, lanes) + Vec<T>::load(x + j, lanes)).store(total + j, lanes);
+    });
+}
+
+template <typename T>
+void reset_state(const T* r, const T* h, int64_t H, T* reset) {
+    for_vectors<T>(H, [&](int64_t j, int64_t lanes) {
+        (Vec<T>::load(r + j, lanes) * Vec<T>::load(h + j, lanes)).store(reset + j, lanes);
+    });
+}
+
+// Gradients of rows [begin, end) of the 3H rows of weight_hh and bias_hh, from one row of the batch, added to weight
+// [end - begin, H] and bias [end - begin]. In grad_gates, the gradients of these rows' products with h stand `shift` behind
+// their place in weight_hh.
+template <typename T>
+void add_recurrent_weights(const GruBackward<T>& p, int64_t row, int64_t begin, int64_t end, int64_t shift, T* reset_states,
+                           T* weight, T* bias) {
     const int64_t H = p.hidden_size, G = p.gates_size(), length = p.length(row);
     if (begin >= end || length == 0) return;
     const bool resets = !p.reset_after && begin >= 2 * H;  // U_n is multiplied with r h, not with h
-    const T* const grads = p.grad_gates + row * p.steps * G + shift;
-    T* const weights = p.grad_weight_hh + begin * H;
-    add_column_sums(grads, G, length, begin, end, p.grad_bias_hh);
+    const T* const gates = p.gates + row * p.steps * G;
+    const T* const grads = p.grad_gates + row * p.steps * G + shift + begin;
+    add_column_sums(grads, G, length, end - begin, bias);
 
-    // Times of the steps that have a predecessor in the output, and of that predecessor: both run upwards.
+    // The times of the steps that have a predecessor in the output, and those of the predecessors: both run upwards.
     const int64_t t0 = p.reverse ? 0 : 1, before = p.reverse ? 1 : 0, count = length - 1;
-    if (resets) {
+    if (count > 0 && resets) {
         for (int64_t k = 0; k < count; ++k) {
-            const T* const h = p.output + p.output_offset(row, before + k);
-            const T* const r = p.gates + (row * p.steps + t0 + k) * G;
-            for_vectors<T>(H, [&](int64_t j, int64_t lanes) {
-                (Vec<T>::load(r + j, lanes) * Vec<T>::load(h + j, lanes)).store(reset_states + k * H + j, lanes);
-            });
+            reset_state(gates + (t0 + k) * G, p.output + p.output_offset(row, before + k), H, reset_states + k * H);
         }
+        accumulate_outer<T>(grads + t0 * G, G, reset_states, H, weight, H, end - begin, H, count);
+    } else if (count > 0) {
+        accumulate_outer<T>(grads + t0 * G, G, p.output + p.output_offset(row, before), p.output_stride_t, weight, H, end - begin,
+                            H, count);
     }
-    const T* const states = resets ? reset_states : p.output + p.output_offset(row, before);
-    accumulate_outer<T>(grads + t0 * G + begin, G, states, resets ? H : p.output_stride_t, weights, H, end - begin, H, count);
-
     if (p.hx == nullptr) return;
     const int64_t first = p.time(row, 0);
-    const T* h = p.hx + row * H;
-    if (resets) {
-        const T* const r = p.gates + (row * p.steps + first) * G;
-        for_vectors<T>(H, [&](int64_t j, int64_t lanes) {
-            (Vec<T>::load(r + j, lanes) * Vec<T>::load(h + j, lanes)).store(reset_states + j, lanes);
-        });
-        h = reset_states;
-    }
-    accumulate_outer<T>(grads + first * G + begin, G, h, H, weights, H, end - begin, H, 1);
+    if (resets) reset_state(gates + first * G, p.hx + row * H, H, reset_states);
+    accumulate_outer<T>(grads + first * G, G, resets ? reset_states : p.hx + row * H, H, weight, H, end - begin, H, 1);
 }
 
 }  // namespace
@@ -282,19 +290,37 @@ void gru_backward_input(const GruBackward<T>& p, int64_t batch_begin, int64_t ba
 
 template <Capability kTarget, typename T>
 void gru_backward_weights(const GruBackward<T>& p, int64_t begin, int64_t end) {
-    const int64_t I = p.input_size, H = p.hidden_size, G = p.gates_size();
-    const Scratch<T> reset_states(p.steps * H);
-    for (int64_t b = 0; b < p.batch; ++b) {
-        int64_t stride = 0;
-        const T* const grads = projected_gradient(p, b, &stride);
-        accumulate_outer<T>(grads + begin, stride, p.input + b * p.input_stride_b, p.input_stride_t,
-                            p.grad_weight_ih + begin * I, I, end - begin, I, p.lengths[b]);
-        for (int64_t c = 0; c < p.targets; ++c) {
-            const int64_t row = b * p.targets + c;
-            add_column_sums(p.grad_gates + row * p.steps * G, G, p.length(row), begin, end, p.grad_bias_ih);
-            add_recurrent_weights<T>(p, row, begin, std::min(end, 2 * H), 0, reset_states);
-            add_recurrent_weights<T>(p, row, std::max(begin, 2 * H), end, p.reset_after ? H : 0, reset_states);
+    // Summed over groups of sequences or rows first: the roundings of a long sum grow with the number of its terms.
+    constexpr int64_t kGroup = 16;
+    const int64_t I = p.input_size, H = p.hidden_size, G = p.gates_size(), n = end - begin;
+    const int64_t split = std::clamp(2 * H, begin, end);  // rows of r and z below, of n from here on
+    const Scratch<T> weight(n * std::max(I, H)), bias(n), reset_states(p.steps * H);
+    for (int64_t first = 0; first < p.batch; first += kGroup) {
+        copy_or_zero<T>(nullptr, n * I, weight);
+        for (int64_t b = first; b < std::min(first + kGroup, p.batch); ++b) {
+            int64_t stride = 0;
+            const T* const grads = projected_gradient(p, b, &stride) + begin;
+            accumulate_outer<T>(grads, stride, p.input + b * p.input_stride_b, p.input_stride_t, weight, I, n, I, p.lengths[b]);
         }
+        add<T>(weight, n * I, p.grad_weight_ih + begin * I);
+    }
+    for (int64_t first = 0; first < p.rows(); first += kGroup) {
+        const int64_t last = std::min(first + kGroup, p.rows());
+        copy_or_zero<T>(nullptr, n, bias);
+        for (int64_t row = first; row < last; ++row) {
+            add_column_sums<T>(p.grad_gates + row * p.steps * G + begin, G, p.length(row), n, bias);
+        }
+        add<T>(bias, n, p.grad_bias_ih + begin);
+
+        copy_or_zero<T>(nullptr, n * H, weight);
+        copy_or_zero<T>(nullptr, n, bias);
+        for (int64_t row = first; row < last; ++row) {
+            add_recurrent_weights<T>(p, row, begin, split, 0, reset_states, weight, bias);
+            add_recurrent_weights<T>(p, row, split, end, p.reset_after ? H : 0, reset_states, weight + (split - begin) * H,
+                                     bias + (split - begin));
+        }
+        add<T>(weight, n * H, p.grad_weight_hh + begin * H);
+        add<T>(bias, n, p.grad_bias_hh + begin);
     }
 }
 

@@ -128,15 +128,15 @@ ExpParts<T> exp_parts(Vec<T> x) {
     const Vec<T> n = shifted - Vec<T>(Traits::kRound);
     const Vec<T> r = clamped - n * Vec<T>(Traits::kLn2High) - n * Vec<T>(Traits::kLn2Low);
 
-    // expm1(r) = r (1 + r/2 (1 + r/3 (1 + ...))), from the innermost bracket outwards
-    Vec<T> series(T(1));
-    for (int k = Traits::kTerms; k >= 2; --k) series = Vec<T>(T(1)) + series * r * Vec<T>(T(1) / T(k));
+    // expm1(r) = r + r^2 (1/2 + r/6 + ...): the bracket from the inside out, then one rounding that matters
+    Vec<T> series(T(1) / T(Traits::kTerms));
+    for (int k = Traits::kTerms - 1; k >= 2; --k) series = (Vec<T>(T(1)) + series * r) * Vec<T>(T(1) / T(k));
 
     const Bits exponent = __builtin_convertvector(n.v, Bits) + Traits::kBias;
     ExpParts<T> parts;
     const Bits scale_bits = exponent << Traits::kMantissaBits;
     std::memcpy(&parts.scale.v, &scale_bits, sizeof(scale_bits));
-    parts.tail = series * r;
+    parts.tail = r + r * r * series;
     return parts;
 }
 
@@ -151,13 +151,24 @@ Vec<T> sigmoid(Vec<T> x) {
     return Vec<T>(T(1)) / (Vec<T>(T(1)) + exp(-x));
 }
 
-// tanh(x) = expm1(2x) / (expm1(2x) + 2): no cancellation near 0. Beyond |x| = 20 the result is 1 in both precisions.
+// exp(x) - 1 without cancellation near 0.
+template <typename T>
+Vec<T> expm1(Vec<T> x) {
+    const ExpParts<T> e = exp_parts(x);
+    return e.scale * e.tail + (e.scale - Vec<T>(T(1)));
+}
+
+// With m = expm1(2 |x|): tanh |x| = m / (m + 2) near 0, where nothing cancels, and 1 - 2 / (m + 2) further out, where the
+// quotient's rounding is scaled down.
 template <typename T>
 Vec<T> tanh(Vec<T> x) {
-    const Vec<T> bounded = clamp(x, T(-20), T(20));
-    const ExpParts<T> e = exp_parts(bounded + bounded);
-    const Vec<T> expm1 = e.scale * e.tail + (e.scale - Vec<T>(T(1)));
-    return expm1 / (expm1 + Vec<T>(T(2)));
+    const Vec<T> one(T(1)), two(T(2));
+    const Vec<T> magnitude = clamp(where_positive(x, x, -x), T(0), T(20));  // beyond 20 the result is 1 in both precisions
+    const Vec<T> m = expm1(magnitude + magnitude);
+    const Vec<T> far = magnitude - Vec<T>(T(0.55));
+    const Vec<T> quotient = where_positive(far, two, m) / (m + two);
+    const Vec<T> result = where_positive(far, one - quotient, quotient);
+    return where_positive(x, result, -result);
 }
 
 }  // namespace

@@ -117,10 +117,10 @@ void parallel_tasks(int64_t count, const F& f) {
     });
 }
 
-// Calls f(begin, end) on disjoint ranges that cover 0..count-1, one for each thread.
+// Calls f(begin, end) on disjoint ranges that cover 0..count-1, one for each thread, none shorter than grain if it can be.
 template <typename F>
-void parallel_ranges(int64_t count, const F& f) {
-    torch::stable::parallel_for(0, count, 1, f);
+void parallel_ranges(int64_t count, const F& f, int64_t grain = 1) {
+    torch::stable::parallel_for(0, count, grain, f);
 }
 
 }  // namespace dien_ops::ops

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo | make test | make check-package | make lint | make clean. TORCH="torch==2.13.0" picks another torch.
+
+PYTHON ?= python3
+TORCH ?= torch>=2.10
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+BUILD_TOOLS := "setuptools>=77" "cmake>=3.18" ninja "pybind11>=2.13" numpy
+
+.PHONY: demo test lint check-package check-abi clean
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install $(BUILD_TOOLS) "$(TORCH)"
+	@touch $@
+
+# Editable: the native libraries are built into dien_ops/, and Python changes need no new build.
+$(VENV)/dien_ops: $(VENV)/torch $(SOURCES)
+	$(PIP) install --no-build-isolation --editable ".[demo,test]"
+	@touch $@
+
+demo: $(VENV)/dien_ops  ## train DIEN, DIN and the base model on MovieLens-100K; tables and pictures under out/
+	$(BIN)/python -m examples.demo $(DEMO)
+
+test: $(VENV)/dien_ops  ## all tests, and the package's own check of this machine
+	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m dien_ops.selftest
+
+$(VENV)/lint: $(VENV)/torch pyproject.toml
+	$(PIP) install --quiet --group lint
+	@touch $@
+
+lint: $(VENV)/lint  ## what CI and pre-commit check: ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+
+check-package: $(VENV)/torch  ## sdist and wheel, built in isolation, installed and run in a fresh environment
+	PYTHON=$(BIN)/python TORCH="$(TORCH)" bash .ci/check_package.sh
+
+check-abi: $(VENV)/torch  ## a wheel built with one torch runs in another: make check-abi TORCH="torch==2.13.0" OTHER_TORCH="torch==2.14.0"
+	PYTHON=$(BIN)/python TORCH="$(TORCH)" OTHER_TORCH="$(OTHER_TORCH)" bash .ci/check_package.sh
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info dien_ops/*.so

@@ -1,0 +1,7 @@
+version: str
+built_with_torch: str
+compiler: str
+cpu_capabilities: list[str]
+cuda_architectures: list[str]
+
+def cpu_capability() -> str: ...

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The auxiliary loss that supervises the interest extractor's states (DIEN eq. 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dien_ops import _checks, reference
+from dien_ops._autograd import backward_of_backward
+
+Scorer = Callable[[Tensor, Tensor], Tensor]
+REDUCTIONS = ("paper", "mean", "authors")
+
+# -------------------------------------------------------------------------------------------------- operators
+
+
+def _pairs(steps: int) -> int:
+    pairs: int = torch.sym_max(steps - 1, 0)
+    return pairs
+
+
+@torch.library.register_fake("dien_ops::auxiliary_logits")
+def _logits_fake(states: Tensor, positives: Tensor, negatives: Tensor, lengths: Tensor | None) -> Tensor:
+    return states.new_empty([states.shape[0], 2, _pairs(states.shape[1])])
+
+
+@torch.library.register_fake("dien_ops::auxiliary_logits_backward")
+def _logits_backward_fake(
+    grad_logits: Tensor, states: Tensor, positives: Tensor, negatives: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (states, positives, negatives))
+
+
+@torch.library.register_fake("dien_ops::auxiliary_loss")
+def _loss_fake(logits: Tensor, lengths: Tensor | None, steps: int, reduction: str) -> Tensor:
+    return logits.new_empty([])
+
+
+@torch.library.register_fake("dien_ops::auxiliary_loss_backward")
+def _loss_backward_fake(
+    grad_loss: Tensor, logits: Tensor, lengths: Tensor | None, steps: int, reduction: str
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _save_tensors(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _logits_backward(ctx: Any, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_logits is None:
+        return (None,) * 4
+    return (*torch.ops.dien_ops.auxiliary_logits_backward(grad_logits, *ctx.saved_tensors), None)
+
+
+def _logits_double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_logits, *primals, lengths = ctx.saved_tensors
+
+    def equations(states: Tensor, positives: Tensor, negatives: Tensor) -> Sequence[Tensor]:
+        return [reference._auxiliary_logits(states, positives, negatives, lengths)]
+
+    for_grads, for_primals = backward_of_backward(equations, primals, [grad_logits], grad_grads)
+    return (*for_grads, *for_primals, None)
+
+
+def _save_for_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, steps, reduction = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = (steps, reduction)
+    ctx.set_materialize_grads(False)
+
+
+def _loss_backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 4
+    grad = torch.ops.dien_ops.auxiliary_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options)
+    return grad, None, None, None
+
+
+def _loss_double_backward(ctx: Any, grad_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_loss, logits, lengths = ctx.saved_tensors
+
+    def equations(logits: Tensor) -> Sequence[Tensor]:
+        return [reference._loss_of_logits(logits, lengths, *ctx.options)]
+
+    for_grads, for_primals = backward_of_backward(equations, [logits], [grad_loss], [grad_grad])
+    return (*for_grads, *for_primals, None, None, None)
+
+
+torch.library.register_autograd("dien_ops::auxiliary_logits", _logits_backward, setup_context=_save_tensors)
+torch.library.register_autograd(
+    "dien_ops::auxiliary_logits_backward", _logits_double_backward, setup_context=_save_tensors
+)
+torch.library.register_autograd("dien_ops::auxiliary_loss", _loss_backward, setup_context=_save_for_loss_backward)
+torch.library.register_autograd(
+    "dien_ops::auxiliary_loss_backward", _loss_double_backward, setup_context=_save_for_loss_backward
+)
+
+# ------------------------------------------------------------------------------------------------- functional
+
+
+def auxiliary_loss(
+    states: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    scorer: str | Scorer = "inner",
+    reduction: str = "paper",
+) -> Tensor:
+    r"""The auxiliary loss of DIEN eq. 6: each state should tell the next behaviour from a sampled one.
+
+    .. math::
+        L_{aux} = -\frac{1}{N} \sum_{i=1}^N \sum_{t=1}^{n_i - 1}
+            \log \sigma(h_t^i, e_{t+1}^i) + \log (1 - \sigma(h_t^i, \hat e_{t+1}^i))
+
+    The three sequences are given whole; state t is paired with item t + 1 here, so the caller shifts nothing.
+    The loss is computed from logits and never forms a sigmoid that could saturate: it is finite for all
+    finite input.
+
+    Args:
+        states: [B, T, H], the interest extractor's outputs.
+        positives: [B, T, E], the behaviours' embeddings, the same sequence that the extractor read.
+        negatives: [B, T, E], an item that was not clicked for each of them. The first of both is not used.
+        lengths: [B], int32 or int64, each in 0..T. Rows of length 0 and 1 have no pair and contribute 0.
+        scorer: ``"inner"``, the inner product of state and item (H = E), or a function of states [B, T-1, H]
+            and items [B, T-1, E] that gives logits [B, T-1]; it is called once for each of the two sequences
+            of items, with zeros in place of the padding.
+        reduction: ``"paper"`` divides the sum over all pairs by B (eq. 6), ``"mean"`` by the number of pairs,
+            ``"authors"`` by B (T - 1), padding included, as the released code does.
+
+    Returns:
+        The loss, a scalar; 0 where there is no pair.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument has the wrong type; rank, dtype or name; size, device
+            or value.
+
+    Example:
+        >>> states, clicked, sampled = torch.randn(3, 2, 5, 8).unbind()
+        >>> loss = dien_ops.functional.auxiliary_loss(states, clicked, sampled, lengths=torch.tensor([5, 2]))
+        >>> loss.shape
+        torch.Size([])
+    """
+    _checks.one_of("reduction", reduction, REDUCTIONS)
+    _checks.supported("states", states)
+    _checks.rank("states", states, 3)
+    _checks.matches("states", states, positives=positives, negatives=negatives)
+    _checks.rank("positives", positives, 3)
+    batch, steps, width = states.shape
+    _checks.shape("positives", positives, [batch, steps, positives.shape[2]], "[B, T, E]")
+    _checks.shape("negatives", negatives, positives.shape, "[B, T, E]")
+    _checks.lengths(lengths, batch, states.device)
+    if callable(scorer):
+        logits = _logits_of(scorer, states, positives, negatives, lengths)
+    else:
+        _checks.one_of("scorer", scorer, ("inner",))
+        if positives.shape[2] != width:
+            raise ValueError(
+                f'scorer="inner" needs items as wide as states, got H={width} and E={positives.shape[2]}: '
+                f"give a scorer that takes both"
+            )
+        logits = torch.ops.dien_ops.auxiliary_logits(states, positives, negatives, lengths)
+    loss: Tensor = torch.ops.dien_ops.auxiliary_loss(logits, lengths, steps, reduction)
+    return loss
+
+
+def _logits_of(scorer: Scorer, states: Tensor, positives: Tensor, negatives: Tensor, lengths: Tensor | None) -> Tensor:
+    """[B, 2, T-1]. The padding is blanked before it is scored: none of it can reach the scorer's gradient."""
+    batch, steps, _ = states.shape
+    h, e, e_hat = states[:, :-1], positives[:, 1:], negatives[:, 1:]
+    if lengths is not None:
+        valid = (torch.arange(steps, device=states.device) < lengths.unsqueeze(1))[:, 1:, None]
+        h, e, e_hat = (torch.where(valid, x, 0.0) for x in (h, e, e_hat))
+    scored = []
+    for items in (e, e_hat):
+        logits = scorer(h, items)
+        _checks.tensor("the scorer's result", logits)
+        _checks.shape("the scorer's result", logits, [batch, _pairs(steps)], "[B, T-1]")
+        scored.append(logits.to(states.dtype))  # autocast may have lowered it
+    return torch.stack(scored, dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------- module
+
+
+class AuxiliaryLoss(nn.Module):
+    """The auxiliary loss of DIEN eq. 6 as a module, which owns its scorer: see
+    :func:`dien_ops.functional.auxiliary_loss`.
+
+    Args:
+        scorer: ``"inner"``, or a module (states [..., H], items [..., E]) -> logits [...].
+        reduction: ``"paper"``, ``"mean"`` or ``"authors"``.
+
+    Shapes: states [B, T, H], positives and negatives [B, T, E] (whole sequences), lengths [B]; the result is
+    a scalar.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as the function.
+
+    Example, with the scorer of the authors' released code:
+        >>> class Scorer(torch.nn.Module):
+        ...     def __init__(self, width):
+        ...         super().__init__()
+        ...         self.layers = torch.nn.Sequential(
+        ...             torch.nn.Linear(width, 100), torch.nn.Sigmoid(),
+        ...             torch.nn.Linear(100, 50), torch.nn.Sigmoid(), torch.nn.Linear(50, 1))
+        ...     def forward(self, states, items):
+        ...         return self.layers(torch.cat([states, items], dim=-1)).squeeze(-1)
+        >>> loss = dien_ops.AuxiliaryLoss(Scorer(36 + 36))
+        >>> loss(*torch.randn(3, 2, 5, 36).unbind(), lengths=torch.tensor([5, 2])).shape
+        torch.Size([])
+    """
+
+    def __init__(self, scorer: str | Scorer = "inner", reduction: str = "paper") -> None:
+        super().__init__()
+        if not callable(scorer):
+            _checks.one_of("scorer", scorer, ("inner",))
+        _checks.one_of("reduction", reduction, REDUCTIONS)
+        self.scorer = scorer
+        self.reduction = reduction
+
+    def forward(self, states: Tensor, positives: Tensor, negatives: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        return auxiliary_loss(
+            states, positives, negatives, lengths=lengths, scorer=self.scorer, reduction=self.reduction
+        )
+
+    def extra_repr(self) -> str:
+        scorer = "" if isinstance(self.scorer, nn.Module) else f"scorer={self.scorer!r}, "
+        return f"{scorer}reduction={self.reduction!r}"

@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recurrent kernels: against reference.py, and every way to call them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import dien_ops
+from dien_ops import functional, reference
+from helpers import (
+    assert_at_most_twice_torchs_error,
+    assert_close,
+    gradients,
+    leaf,
+    run_python,
+    spread_lengths,
+    with_threads,
+)
+
+GATES = ["none", "paper", "authors", "replace", "input"]
+RESETS = pytest.mark.parametrize("reset_after", [True, False], ids=["after", "before"])
+LAYOUTS = pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "time_first"])
+
+
+class Case:
+    """Arguments of one call, as leaves; call() runs a module's (functional's or reference's) form of the operator."""
+
+    def __init__(
+        self, gate="paper", batch=3, steps=5, features=3, hidden=5, targets=None, *, batch_first=True, reset_after=True,
+        lengths=True, hx=True, bias=True, reverse=False, dtype=torch.float64,
+    ):  # fmt: skip
+        self.gate = gate
+        self.options = dict(batch_first=batch_first, reset_after=reset_after)
+        self.options["lengths"] = spread_lengths(batch, steps) if lengths else None
+        rows = [batch] if targets is None else [batch, targets]
+        self.input = leaf(*([batch, steps] if batch_first else [steps, batch]), features, dtype=dtype)
+        self.attention = None
+        if gate == "none":
+            self.options["reverse"] = reverse
+        else:
+            self.attention = leaf(*([*rows, steps] if batch_first else [steps, *rows]), low=0, dtype=dtype)
+        self.hx = leaf(*rows, hidden, dtype=dtype) if hx else None
+        scale = hidden**-0.5
+        self.weights: list[Tensor | None] = [
+            leaf(3 * hidden, n, low=-scale, high=scale, dtype=dtype) for n in (features, hidden)
+        ]
+        self.weights += [leaf(3 * hidden, dtype=dtype) if bias else None for _ in range(2)]
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        return [self.input, self.attention, self.hx, *self.weights]
+
+    def with_tensors(self, tensors: list[Tensor | None]) -> Case:
+        other = object.__new__(Case)
+        other.gate, other.options = self.gate, self.options
+        other.input, other.attention, other.hx, *other.weights = tensors
+        return other
+
+    def to(self, dtype: torch.dtype) -> Case:
+        return self.with_tensors(
+            [x.detach().to(dtype).requires_grad_() if x is not None else None for x in self.tensors]
+        )
+
+    def call(self, module) -> tuple[Tensor, Tensor]:
+        if self.gate == "none":
+            return module.gru(self.input, *self.weights, self.hx, **self.options)
+        return module.attentional_gru(
+            self.input, self.attention, *self.weights, self.hx, gate=self.gate, **self.options
+        )
+
+    def results(self, module) -> list[Tensor]:
+        """Outputs and all gradients."""
+        outputs = self.call(module)
+        return [*outputs, *gradients(outputs, self.tensors)]
+
+    def as_function(self):
+        """f(*present tensors) -> outputs, for gradcheck."""
+        present = [i for i, x in enumerate(self.tensors) if x is not None]
+
+        def f(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            filled = list(self.tensors)
+            for i, x in zip(present, tensors, strict=True):
+                filled[i] = x
+            return self.with_tensors(filled).call(functional)
+
+        return f, [self.tensors[i] for i in present]
+
+
+def cells():
+    """Every gate, with and without several targets; the GRU in both directions."""
+    yield from [{"gate": "none"}, {"gate": "none", "reverse": True}]
+    yield from ({"gate": gate, "targets": targets} for gate in GATES[1:] for targets in (None, 4))
+
+
+CELLS = pytest.mark.parametrize("cell", list(cells()), ids=lambda c: "-".join(map(str, c.values())))
+
+# ------------------------------------------------------------------------------------------------- the same numbers
+
+
+@LAYOUTS
+@RESETS
+@CELLS
+def test_kernel_computes_the_reference_and_its_gradients(cell, reset_after, batch_first):
+    case = Case(**cell, reset_after=reset_after, batch_first=batch_first)
+    assert_close(case.results(functional), case.results(reference))
+
+
+@pytest.mark.parametrize("hidden", [1, 7, 8, 16, 33, 50])
+@pytest.mark.parametrize("features", [1, 8, 19])
+def test_any_size_works_whatever_the_vector_width(hidden, features):
+    case = Case("paper", batch=11, hidden=hidden, features=features)
+    assert_close(case.results(functional), case.results(reference))
+
+
+@pytest.mark.parametrize("lengths, hx, bias", list(itertools.product([True, False], repeat=3)))
+@pytest.mark.parametrize("gate", ["none", "input"])
+def test_optional_arguments_may_be_left_out(gate, lengths, hx, bias):
+    case = Case(gate, lengths=lengths, hx=hx, bias=bias)
+    assert_close(case.results(functional), case.results(reference))
+
+
+@pytest.mark.parametrize("batch", [1, 9, 70])
+@CELLS
+def test_many_rows_are_tiled_and_sorted_without_a_trace(cell, batch):
+    case = Case(**cell, batch=batch, steps=6)
+    assert_close(case.results(functional), case.results(reference))
+
+
+@RESETS
+@CELLS
+def test_float32_errs_at_most_twice_as_much_as_torch(cell, reset_after):
+    def draw():
+        case = Case(**cell, reset_after=reset_after, batch=9, steps=12, features=7, hidden=18, dtype=torch.float32)
+        return case.results(functional), case.results(reference), case.to(torch.float64).results(reference)
+
+    assert_at_most_twice_torchs_error(draw() for _ in range(5))
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_reference(capability):
+    if capability not in dien_ops._C.cpu_capabilities:
+        pytest.skip(f"{capability} is not part of this build")
+    code = (
+        "import torch, dien_ops\n"
+        "from test_gru import Case, cells, functional, reference, assert_close\n"
+        "for cell in cells():\n"
+        "    case = Case(**cell, batch=12, hidden=21)\n"
+        "    assert_close(case.results(functional), case.results(reference))\n"
+        "print(dien_ops._C.cpu_capability())\n"
+    )
+    done = run_python(code, DIEN_OPS_CPU_CAPABILITY=capability, PYTHONPATH="python_tests")
+    if "not supported by this processor" in done.stderr:
+        pytest.skip(f"this processor has no {capability}")
+    assert done.stdout.strip() == capability, done.stderr
+
+
+def test_nan_in_one_row_stays_in_that_row():
+    case = Case("paper", lengths=False)
+    with torch.no_grad():
+        case.input[1, 2, 0] = torch.nan
+    output, h_n = case.call(functional)
+    assert output[1, 2:].isnan().all() and h_n[1].isnan().all()
+    assert not output[[0, 2]].isnan().any() and not output[1, :2].isnan().any()
+
+
+# --------------------------------------------------------------------------------------------------- what cells are
+
+
+def augru_and_gru(gate: str, score: float) -> tuple[Tensor, Tensor, Tensor]:
+    case = Case(gate)
+    with torch.no_grad():
+        case.attention.fill_(score)
+    output, _ = case.call(functional)
+    gru, _ = functional.gru(case.input, *case.weights, case.hx, lengths=case.options["lengths"], batch_first=True)
+    return output, gru, case.hx
+
+
+@pytest.mark.parametrize("gate, score", [("paper", 1.0), ("authors", 0.0), ("input", 1.0)])
+def test_augru_is_the_gru_where_its_score_says_so(gate, score):
+    output, gru, _ = augru_and_gru(gate, score)
+    assert_close([output], [gru])
+
+
+@pytest.mark.parametrize("gate", ["paper", "replace"])
+def test_attention_zero_lets_the_state_stand_still(gate):
+    case = Case(gate, lengths=False)
+    with torch.no_grad():
+        case.attention.zero_()
+    output, h_n = case.call(functional)
+    assert_close([output, h_n], [case.hx.unsqueeze(1).expand_as(output), case.hx])
+
+
+def test_several_targets_are_as_many_calls_with_one_each():
+    case = Case("paper", targets=4)
+    output, h_n = case.call(functional)
+    for c in range(4):
+        one = case.with_tensors([case.input, case.attention[:, c], case.hx[:, c], *case.weights])
+        assert_close([output[:, c], h_n[:, c]], one.call(functional))
+
+
+# ------------------------------------------------------------------------------------------------------------ edges
+
+
+@CELLS
+def test_length_zero_gives_zeros_and_hands_hx_through(cell):
+    case = Case(**cell)
+    case.options["lengths"] = torch.zeros(3, dtype=torch.int64)
+    output, h_n = case.call(functional)
+    assert torch.equal(output, torch.zeros_like(output))
+    assert torch.equal(h_n, case.hx)
+    grads = gradients([output, h_n], [case.input, case.weights[0]])
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"steps": 0}, {"steps": 1}, {"batch": 0, "steps": 0}], ids=str)
+@CELLS
+def test_empty_batch_and_short_sequences(cell, sizes):
+    case = Case(**cell, **sizes)
+    assert_close(case.results(functional), case.results(reference))
+
+
+def test_no_targets_give_an_empty_result_and_zero_gradients():
+    case = Case("paper", targets=0)
+    assert_close(case.results(functional), case.results(reference))
+
+
+def test_int32_lengths_are_int64_lengths():
+    case = Case("paper")
+    expected = case.call(functional)
+    case.options["lengths"] = case.options["lengths"].int()
+    assert_close(case.call(functional), expected, 0.0)
+
+
+def test_strided_arguments_and_expanded_gradients():
+    case = Case("paper", targets=4)
+    expected = case.results(reference)
+
+    def strided(x: Tensor) -> Tensor:  # the same values, every other element of a larger buffer
+        wide = torch.stack([x.detach(), torch.full_like(x, torch.nan)], dim=-1)
+        return wide[..., 0].requires_grad_()
+
+    assert_close(case.with_tensors([strided(x) for x in case.tensors]).results(functional), expected)
+    output, _ = case.call(functional)
+    (expanded,) = torch.autograd.grad(output.sum(), [case.input])  # its gradient has stride 0
+    (dense,) = torch.autograd.grad(case.call(functional)[0], [case.input], torch.ones_like(output))
+    assert torch.equal(expanded, dense)
+
+
+def test_each_output_may_be_used_alone():
+    case = Case("paper")
+    for i in range(2):
+        actual, expected = ([gradients([case.call(m)[i]], case.tensors)] for m in (functional, reference))
+        assert_close(actual[0], expected[0])
+
+
+# -------------------------------------------------------------------------------------------------------- gradients
+
+
+@LAYOUTS
+@RESETS
+@CELLS
+def test_gradcheck(cell, reset_after, batch_first):
+    case = Case(**cell, batch=2, steps=3, features=2, hidden=3, reset_after=reset_after, batch_first=batch_first)
+    f, tensors = case.as_function()
+    assert gradcheck(f, tensors)
+
+
+@RESETS
+@pytest.mark.parametrize("gate", GATES)
+def test_gradgradcheck(gate, reset_after):
+    case = Case(gate, batch=1, steps=2, features=1, hidden=2, lengths=False, reset_after=reset_after)
+    f, tensors = case.as_function()
+    assert gradgradcheck(f, tensors)
+
+
+def test_backward_without_saved_gates_says_so():
+    case = Case("none")
+    arguments = (case.input, None, case.hx, *case.weights, None, "none", True, True, False, False)
+    output, _, _ = torch.ops.dien_ops.gru(*arguments)
+    with pytest.raises(RuntimeError, match="save_gates=False"):
+        output.sum().backward()
+
+
+def test_nothing_is_saved_where_no_gradient_is_wanted():
+    case = Case("none")
+    with torch.no_grad():
+        output, _ = case.call(functional)
+    assert not output.requires_grad
+
+
+# ------------------------------------------------------------------------------------------------------ determinism
+
+
+@CELLS
+def test_results_are_bitwise_the_same_for_any_number_of_threads(cell):
+    case = Case(**cell, batch=40, steps=12, hidden=20, dtype=torch.float32)
+    one, two, again = (with_threads(n, lambda: case.results(functional)) for n in (1, 2, 2))
+    for a, b, c in zip(one, two, again, strict=True):
+        assert torch.equal(a, b) and torch.equal(b, c)
+
+
+# --------------------------------------------------------------------------------------------------- torch's toolbox
+
+
+@pytest.mark.parametrize(
+    "cell, reset_after",
+    [({"gate": "none", "reverse": True}, True), ({"gate": "paper"}, False), ({"gate": "input", "targets": 4}, True)],
+)
+def test_opcheck(cell, reset_after):
+    case = Case(**cell, reset_after=reset_after, batch=2, steps=3)
+    options = (cell["gate"], reset_after, True, cell.get("reverse", False))
+    arguments = (*case.tensors, case.options["lengths"])
+    torch.library.opcheck(torch.ops.dien_ops.gru.default, (*arguments, *options, True))
+    with torch.no_grad():
+        output, h_n, gates = torch.ops.dien_ops.gru(*arguments, *options, True)
+    grads = (torch.randn_like(output), torch.randn_like(h_n))
+    torch.library.opcheck(torch.ops.dien_ops.gru_backward.default, (*grads, *arguments, output, gates, *options))
+
+
+@pytest.mark.parametrize("gate", ["none", "paper"])
+def test_compile_without_a_graph_break_and_with_dynamic_sizes(gate):
+    compiled = torch.compile(lambda case: case(), fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, steps in [(3, 5), (4, 7), (2, 1)]:
+        case = Case(gate, batch=batch, steps=steps)
+        expected = case.results(functional)
+        outputs = compiled(lambda case=case: case.call(functional))
+        assert_close([*outputs, *gradients(outputs, case.tensors)], expected)
+
+
+def test_export_with_dynamic_batch_and_time():
+    module = dien_ops.AUGRU(3, 5, batch_first=True)
+    batch, steps = torch.export.Dim("batch", min=2), torch.export.Dim("steps", min=2)
+    exported = torch.export.export(
+        module,
+        (torch.randn(3, 4, 3), torch.rand(3, 4)),
+        kwargs={"lengths": torch.tensor([4, 0, 2])},
+        dynamic_shapes={
+            "input": {0: batch, 1: steps}, "attention": {0: batch, 1: steps}, "lengths": {0: batch},
+        },
+    )  # fmt: skip
+    x, a, lengths = torch.randn(6, 9, 3), torch.rand(6, 9), torch.tensor([9, 8, 0, 1, 5, 2])
+    assert_close(exported.module()(x, a, lengths=lengths), module(x, a, lengths=lengths), 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def changed(**arguments):
+    """functional.attentional_gru with some arguments replaced."""
+    case = Case("paper", batch=3, steps=5, features=3, hidden=5)
+    given = {"input": case.input, "attention": case.attention, "hx": case.hx, "lengths": case.options["lengths"]}
+    given |= dict(zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), case.weights, strict=True))
+    return functional.attentional_gru(**(given | {"batch_first": True} | arguments))
+
+
+DOUBLE = {"dtype": torch.float64}
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"input": [1.0]}, TypeError, "input must be a Tensor, got list"),
+        ({"input": torch.zeros(5, 3, **DOUBLE)}, ValueError, r"input must be 3-D, got 2-D of shape \[5, 3\]"),
+        ({"input": torch.zeros(3, 5, 3, dtype=torch.int64)}, ValueError, "input must be float32 or float64, got int64"),
+        ({"input": torch.zeros(3, 5, 3)}, ValueError, "attention must have the dtype of input"),
+        ({"input": torch.zeros(3, 5, 4, **DOUBLE)}, RuntimeError, r"weight_ih must have shape \[15, 4\]"),
+        ({"weight_hh": torch.zeros(14, 5, **DOUBLE)}, RuntimeError, r"weight_hh must have shape \[15, 5\]"),
+        ({"bias_hh": torch.zeros(5, **DOUBLE)}, RuntimeError, r"bias_hh must have shape \[15\] \[3H\], got \[5\]"),
+        ({"hx": torch.zeros(3, 4, **DOUBLE)}, RuntimeError, r"hx must have shape \[3, 5\] \[B, H\], got \[3, 4\]"),
+        ({"attention": torch.zeros(5, 3, **DOUBLE)}, RuntimeError, r"attention must have shape \[3, 5\] \[B, T\]"),
+        ({"attention": torch.zeros(3, **DOUBLE)}, ValueError, "attention must be 2-D or 3-D"),
+        ({"attention": None}, TypeError, "attention must be a Tensor, got NoneType"),
+        ({"gate": "tf"}, ValueError, "gate must be one of 'paper', 'authors', 'replace', 'input', got 'tf'"),
+        ({"lengths": torch.tensor([1, 2])}, RuntimeError, r"lengths must have shape \[3\] \[B\], got \[2\]"),
+        ({"lengths": torch.tensor([1.0, 2, 3])}, ValueError, "lengths must be int32 or int64, got float32"),
+        ({"lengths": torch.tensor([0, 6, 3])}, RuntimeError, r"lengths must be in 0..5 \(T\), got 6 at row 1"),
+        ({"lengths": torch.tensor([0, 5, -1])}, RuntimeError, r"lengths must be in 0..5 \(T\), got -1 at row 2"),
+        ({"lengths": torch.zeros(3, dtype=torch.int64, device="meta")}, RuntimeError, "lengths must be on the device"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
+)
+def test_bad_input_is_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        changed(**arguments)
+
+
+def test_a_cuda_tensor_is_told_that_there_are_no_cuda_kernels():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), pytest.raises(RuntimeError, match=r"input is on cuda:0.*no CUDA kernels.*\.cpu\(\)"):
+        functional.gru(*(torch.empty(sizes, device="cuda") for sizes in [(2, 4, 3), (15, 3), (15, 5)]))
