@@ -17,6 +17,35 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
         "-> (Tensor grad_input, Tensor grad_attention, Tensor grad_hx, Tensor grad_weight_ih, Tensor grad_weight_hh, "
         "Tensor grad_bias_ih, Tensor grad_bias_hh)");
 
+    // attention: softmax_t(h_t W e_a). projected: W e_a, for the backward
+    m.def("bilinear_attention(Tensor states, Tensor target, Tensor weight, Tensor? lengths) -> (Tensor scores, Tensor projected)");
+    m.def(
+        "bilinear_attention_backward(Tensor grad_scores, Tensor states, Tensor target, Tensor weight, Tensor projected, "
+        "Tensor scores, Tensor? lengths) -> (Tensor grad_states, Tensor grad_target, Tensor grad_weight)");
+
+    // activation_unit: DIN's network over [q, k, q - k, q * k]. activation: sigmoid | prelu | dice. weights: one of each layer, the
+    // output layer last; alphas: one of each hidden layer, none for the sigmoid. running_means and running_vars: one of each
+    // hidden layer, or none for Dice with the batch's statistics. statistics [2, sum of hidden sizes]: the means and variances
+    // used. hidden: what the backward needs with batch statistics
+    m.def(
+        "local_activation_unit(Tensor query, Tensor keys, Tensor[] weights, Tensor[] biases, Tensor[] alphas, "
+        "Tensor[] running_means, Tensor[] running_vars, Tensor? lengths, str activation, float eps, bool softmax) "
+        "-> (Tensor pooled, Tensor scores, Tensor statistics, Tensor hidden)");
+    m.def(
+        "local_activation_unit_backward(Tensor? grad_pooled, Tensor? grad_scores, Tensor query, Tensor keys, Tensor[] weights, "
+        "Tensor[] biases, Tensor[] alphas, Tensor statistics, Tensor hidden, Tensor scores, Tensor? lengths, str activation, "
+        "bool batch_statistics, float eps, bool softmax) "
+        "-> (Tensor grad_query, Tensor grad_keys, Tensor[] grad_weights, Tensor[] grad_biases, Tensor[] grad_alphas)");
+
+    // dice: with mean and var where they are given, else with those of the input; used_mean and used_var: either of them
+    m.def(
+        "dice(Tensor input, Tensor alpha, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, Tensor? lengths, float eps) "
+        "-> (Tensor output, Tensor used_mean, Tensor used_var)");
+    m.def(
+        "dice_backward(Tensor grad_output, Tensor input, Tensor alpha, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+        "Tensor? lengths, bool batch_statistics, float eps) "
+        "-> (Tensor grad_input, Tensor grad_alpha, Tensor grad_weight, Tensor grad_bias)");
+
     // embedding: one update of the rows that ids [N] name, each once, by the sum of its gradient rows grad [N, D] plus
     // (l2 / n_j) w_j; rows equal to padding_idx are left alone
     m.def(

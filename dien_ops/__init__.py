@@ -6,7 +6,10 @@ from dien_ops import _library
 _library.load()
 
 from dien_ops import _C, functional, optim, reference  # noqa: E402
+from dien_ops.activation_unit import LocalActivationUnit  # noqa: E402
+from dien_ops.attention import BilinearAttention  # noqa: E402
 from dien_ops.aux_loss import AuxiliaryLoss  # noqa: E402
+from dien_ops.dice import Dice  # noqa: E402
 from dien_ops.embedding import MBAEmbedding  # noqa: E402
 from dien_ops.gru import AGRU, AIGRU, AUGRU, GRU  # noqa: E402
 
@@ -17,6 +20,9 @@ __all__ = [
     "AUGRU",
     "GRU",
     "AuxiliaryLoss",
+    "BilinearAttention",
+    "Dice",
+    "LocalActivationUnit",
     "MBAEmbedding",
     "functional",
     "optim",

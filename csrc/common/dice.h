@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// Dice (DIN eq. 9) and its derivatives, for one value s of one channel: one definition for every operator and back end.
+//
+//   x = (s - E) / (sqrt(Var) + eps)      p = sigmoid(weight x + bias)      f = p s + (1 - p) alpha s
+//
+// weight and bias are the optional affine parameters (1 and 0 where there are none). V is a scalar or a vector of lanes. The
+// gate p comes from the back end's own sigmoid.
+#pragma once
+
+#include "common/macros.h"
+
+namespace dien_ops {
+
+// f(s). Also the factor of df/ds that does not go through the gate, where s is 1.
+template <typename V>
+DIEN_OPS_HOST_DEVICE V dice_value(V s, V p, V alpha) {
+    return s * (p + alpha * (V(1) - p));
+}
+
+template <typename V>
+DIEN_OPS_HOST_DEVICE V dice_slope_of_alpha(V s, V p) {
+    return s * (V(1) - p);
+}
+
+// The gradient of weight x + bias, from g, that of f. Ends in a subtraction, not in a product: a multiply-add then rounds it the
+// same wherever it is used, so that subtracting a mean of equal values leaves 0, which 1 / eps multiplies where Var is 0.
+template <typename V>
+DIEN_OPS_HOST_DEVICE V dice_logit_gradient(V g, V s, V p, V alpha) {
+    const V q = g * s * (V(1) - alpha) * p;
+    return q - q * p;
+}
+
+// The gradient of s, once the sums over the batch are known. g is the gradient of f, g_logit that of weight x + bias,
+// scale = weight / (sqrt(Var) + eps), centered = s - E. Batch statistics depend on every s: E takes away mean(g_logit) and the
+// deviation takes away pull * centered; both are 0 with fixed statistics.
+template <typename V>
+DIEN_OPS_HOST_DEVICE V dice_gradient(V g, V g_logit, V p, V alpha, V scale, V centered, V mean_g_logit, V pull) {
+    return dice_value(g, p, alpha) + scale * (g_logit - mean_g_logit) - pull * centered;
+}
+
+}  // namespace dien_ops

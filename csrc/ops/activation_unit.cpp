@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: Apache-2.0
+// The local activation unit between torch and the kernels: checks, allocation, threads.
+#include "cpu/activation_unit.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "ops/tensor.h"
+
+namespace dien_ops::ops {
+namespace {
+
+using cpu::Activation;
+using cpu::UnitBackward;
+using cpu::UnitForward;
+using cpu::UnitLayer;
+using cpu::UnitMatrix;
+using cpu::UnitPair;
+using cpu::UnitProblem;
+
+using Tensors = std::vector<Tensor>;
+
+Activation parse_activation(const std::string& name) {
+    if (name == "sigmoid") return Activation::sigmoid;
+    if (name == "prelu") return Activation::prelu;
+    if (name == "dice") return Activation::dice;
+    throw std::runtime_error("activation must be one of sigmoid, prelu, dice; got " + name);
+}
+
+void check_count(const char* argument, size_t count, size_t expected) {
+    check(count == expected, argument, " must have ", expected, " tensors, got ", count);
+}
+
+// The tensors of a call, checked and contiguous.
+struct Arguments {
+    int64_t B, C, T, D;
+    std::vector<int64_t> sizes;  // outputs of the hidden layers
+    Activation activation;
+    bool batch_statistics, softmax;
+    double eps;
+    ScalarType dtype;
+    Tensor query, keys;
+    Tensors weights, biases, alphas;
+    std::vector<int64_t> lengths;
+
+    int64_t hidden_layers() const { return int64_t(sizes.size()); }
+    int64_t padded(int64_t n) const {
+        const int64_t step = cpu::kUnitAlignment / (dtype == ScalarType::Double ? sizeof(double) : sizeof(float));
+        return divide_up(n, step) * step;
+    }
+    int64_t total_width() const {
+        int64_t total = 0;
+        for (const int64_t size : sizes) total += padded(size);
+        return total;
+    }
+    int64_t total_size() const {
+        int64_t total = 0;
+        for (const int64_t size : sizes) total += size;
+        return total;
+    }
+    // The values before the activations are kept where they cannot be computed anew tile by tile.
+    std::vector<int64_t> kept_sizes() const { return {batch_statistics ? B * C * T * total_width() : 0}; }
+};
+
+Arguments read_arguments(const Tensor& query, const Tensor& keys, const Tensors& weights, const Tensors& biases,
+                         const Tensors& alphas, const OptionalTensor& lengths, const std::string& activation, double eps,
+                         bool softmax) {
+    Arguments a;
+    check(query.dim() == 3, "query must be 3-D, got shape ", to_string(sizes_of(query)));
+    check(keys.dim() == 3, "keys must be 3-D, got shape ", to_string(sizes_of(keys)));
+    check(!weights.empty(), "weights must have at least one tensor");
+    a.B = keys.size(0), a.T = keys.size(1), a.D = keys.size(2), a.C = query.size(1);
+    a.activation = parse_activation(activation);
+    a.softmax = softmax;
+    a.eps = eps;
+    a.dtype = keys.scalar_type();
+    a.query = checked(query, "query", {a.B, a.C, a.D}, a.dtype);
+    a.keys = checked(keys, "keys", sizes_of(keys), a.dtype);
+    check_count("biases", biases.size(), weights.size());
+    check_count("alphas", alphas.size(), a.activation == Activation::sigmoid ? 0 : weights.size() - 1);
+    int64_t inputs = 4 * a.D;
+    for (size_t i = 0; i < weights.size(); ++i) {
+        const bool last = i + 1 == weights.size();
+        check(weights[i].dim() == 2, "weights must be 2-D, got shape ", to_string(sizes_of(weights[i])), " at layer ", i);
+        const int64_t outputs = last ? 1 : weights[i].size(0);
+        a.weights.push_back(checked(weights[i], "weights", {outputs, inputs}, a.dtype));
+        a.biases.push_back(checked(biases[i], "biases", {outputs}, a.dtype));
+        if (!last) a.sizes.push_back(outputs);
+        if (!last && !alphas.empty()) a.alphas.push_back(checked(alphas[i], "alphas", {outputs}, a.dtype));
+        inputs = outputs;
+    }
+    a.lengths = read_lengths(lengths, a.B, a.T);
+    return a;
+}
+
+// The work, cut up. Depends on shapes and lengths alone.
+struct Plan {
+    std::vector<UnitPair> pairs;
+    std::vector<int64_t> tiles = {0}, partitions = {0};
+    int64_t rows = 0, most_tile_rows = 0, most_tile_pairs = 0;
+
+    explicit Plan(const Arguments& a) {
+        // A tile's hidden values should lie in the second cache. A partition has its own copy of the parameters' gradients.
+        constexpr int64_t kRowsPerTile = 64, kRowsPerPartition = 1024, kMostPartitions = 64;
+        int64_t total = 0;
+        for (const int64_t length : a.lengths) total += length * a.C;
+        const int64_t partition_rows = std::max(kRowsPerPartition, divide_up(total, kMostPartitions));
+        int64_t tile_start = 0, partition_start = 0;
+        const auto end_tile = [&] {
+            if (rows == tile_start) return;
+            most_tile_rows = std::max(most_tile_rows, rows - tile_start);
+            most_tile_pairs = std::max(most_tile_pairs, int64_t(pairs.size()) - tiles.back());
+            tiles.push_back(int64_t(pairs.size()));
+            tile_start = rows;
+        };
+        const auto end_partition = [&] {
+            end_tile();
+            if (rows == partition_start) return;
+            partitions.push_back(int64_t(tiles.size()) - 1);
+            partition_start = rows;
+        };
+        for (int64_t b = 0; b < a.B; ++b) {
+            for (int64_t c = 0; c < a.C && a.lengths[b] > 0; ++c) {
+                pairs.push_back({b, b * a.C + c, rows, a.lengths[b]});
+                rows += a.lengths[b];
+                if (rows - tile_start >= kRowsPerTile) end_tile();
+            }
+            if (rows - partition_start >= partition_rows) end_partition();
+        }
+        end_partition();
+    }
+    int64_t tile_count() const { return int64_t(tiles.size()) - 1; }
+    int64_t partition_count() const { return int64_t(partitions.size()) - 1; }
+};
+
+// A UnitProblem and the memory that it borrows.
+template <typename T>
+class Work {
+  public:
+    Work(const Arguments& a, const Plan& plan) : a_(a) {
+        problem.targets = a.C, problem.steps = a.T, problem.embedding_dim = a.D, problem.hidden_layers = a.hidden_layers();
+        problem.activation = a.activation, problem.batch_statistics = a.batch_statistics, problem.softmax = a.softmax;
+        problem.eps = a.eps;
+        problem.query = pointer<T>(a.query), problem.keys = pointer<T>(a.keys);
+        problem.pairs = plan.pairs.data(), problem.tiles = plan.tiles.data();
+        problem.tile_count = plan.tile_count(), problem.row_count = plan.rows;
+        problem.most_tile_rows = plan.most_tile_rows, problem.most_tile_pairs = plan.most_tile_pairs;
+        problem.hidden = nullptr, problem.hidden_rows = a.B * a.C * a.T;
+
+        const int64_t D = a.D, outputs = a.sizes.empty() ? 1 : a.sizes[0];
+        problem.query_matrix = matrix(D, D, outputs);
+        problem.product_matrix = matrix(D, D, outputs);
+        int64_t offset = 0;
+        for (size_t i = 0; i < std::max<size_t>(a.sizes.size(), 1); ++i) {
+            UnitLayer<T> l{};
+            l.matrix = i == 0 ? matrix(D, D, outputs) : matrix(a.sizes[i - 1], a.padded(a.sizes[i - 1]), a.sizes[i]);
+            const int64_t width = l.matrix.width;
+            l.weight = pointer<T>(a.weights[i]), l.bias = pointer<T>(a.biases[i]);
+            l.alpha = a.alphas.empty() ? nullptr : pointer<T>(a.alphas[i]);
+            l.mean = memory(width), l.var = memory(width), l.padded_bias = memory(width);
+            l.columns = memory(4 * width), l.feedback = memory(2 * width);
+            l.offset = offset;
+            offset += width;
+            layers.push_back(l);
+        }
+        problem.layers = layers.data(), problem.total_width = offset;
+        const int64_t last = layers.back().matrix.width;
+        output_gradient = share(last);
+        problem.output_weight = nullptr, problem.output_bias = 0;
+        if (!a.sizes.empty()) {
+            T* weight = memory(last);
+            std::copy_n(pointer<T>(a.weights.back()), a.sizes.back(), weight);
+            problem.output_weight = weight;
+            problem.output_bias = *pointer<T>(a.biases.back());
+        }
+    }
+
+    // Memory that starts as zeros and lives as long as this.
+    T* memory(int64_t size) {
+        memory_.push_back(zeros({size}, a_.dtype));
+        return mutable_pointer<T>(memory_.back());
+    }
+
+    UnitProblem<T> problem{};
+    std::vector<UnitLayer<T>> layers;
+    int64_t output_gradient, share_size = 0;
+
+  private:
+    int64_t share(int64_t size) { return (share_size += size) - size; }
+
+    UnitMatrix<T> matrix(int64_t inputs, int64_t input_width, int64_t outputs) {
+        constexpr int64_t kPanel = cpu::kUnitLargestPanel / sizeof(T);
+        const int64_t width = a_.padded(outputs);
+        UnitMatrix<T> m{inputs, outputs, input_width, width};
+        m.transposed = memory(input_width * width);
+        m.forward = memory(divide_up(width, kPanel) * kPanel * inputs);
+        m.backward = memory(divide_up(input_width, kPanel) * kPanel * outputs);
+        m.gradient = share(input_width * width);
+        return m;
+    }
+
+    const Arguments& a_;
+    Tensors memory_;
+};
+
+// Means or variances: copies between the layers and row `row` of statistics [2, sum of hidden sizes].
+template <typename T, typename F>
+void for_statistics(const Work<T>& work, const Tensor& statistics, F&& f) {
+    T* mean = mutable_pointer<T>(statistics);
+    T* var = mean + statistics.size(1);
+    for (int64_t i = 0; i < work.problem.hidden_layers; ++i) {
+        const UnitLayer<T>& l = work.layers[i];
+        f(l.mean, mean, l.matrix.outputs), f(l.var, var, l.matrix.outputs);
+        mean += l.matrix.outputs, var += l.matrix.outputs;
+    }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> local_activation_unit(const Tensor& query, const Tensor& keys, const Tensors& weights,
+                                                                 const Tensors& biases, const Tensors& alphas,
+                                                                 const Tensors& running_means, const Tensors& running_vars,
+                                                                 const OptionalTensor& lengths, const std::string& activation,
+                                                                 double eps, bool softmax) {
+    Arguments a = read_arguments(query, keys, weights, biases, alphas, lengths, activation, eps, softmax);
+    a.batch_statistics = a.activation == Activation::dice && running_means.empty() && !a.sizes.empty();
+    const size_t given = a.activation == Activation::dice && !a.batch_statistics ? a.sizes.size() : 0;
+    check_count("running_means", running_means.size(), given);
+    check_count("running_vars", running_vars.size(), given);
+    const Plan plan(a);
+    const Tensor pooled = zeros({a.B, a.C, a.D}, a.dtype), scores = zeros({a.B, a.C, a.T}, a.dtype);
+    const Tensor statistics = zeros({2, a.total_size()}, a.dtype), hidden = empty(a.kept_sizes(), a.dtype);
+    with_floating_type(a.dtype, "keys", [&](auto zero) {
+        using T = decltype(zero);
+        Work<T> work(a, plan);
+        for (size_t i = 0; i < given; ++i) {
+            const Tensor mean = checked(running_means[i], "running_means", {a.sizes[i]}, a.dtype);
+            const Tensor var = checked(running_vars[i], "running_vars", {a.sizes[i]}, a.dtype);
+            std::copy_n(pointer<T>(mean), a.sizes[i], work.layers[i].mean);
+            std::copy_n(pointer<T>(var), a.sizes[i], work.layers[i].var);
+        }
+        UnitForward<T> p{work.problem};
+        int64_t widest = 0;
+        for (const UnitLayer<T>& l : work.layers) widest = std::max(widest, l.matrix.width);
+        const Tensor moments = zeros({a.batch_statistics ? plan.tile_count() * (1 + 2 * widest) : 0}, ScalarType::Double);
+        if (a.batch_statistics) {
+            p.hidden = mutable_pointer<T>(hidden);
+            for (const UnitLayer<T>& l : work.layers) {  // rows that padding leaves over: what is returned must be defined
+                T* rows = p.hidden + l.offset * p.hidden_rows;
+                std::fill(rows + p.row_count * l.matrix.width, rows + p.hidden_rows * l.matrix.width, T(0));
+            }
+        }
+        p.moments = mutable_pointer<double>(moments);
+        p.scores = mutable_pointer<T>(scores);
+        p.pooled = mutable_pointer<T>(pooled);
+        cpu::with_capability([&](auto target) {
+            const auto stages = [&](int64_t first, int64_t last) {
+                parallel_ranges(plan.tile_count(), [&](int64_t begin, int64_t end) {
+                    cpu::unit_forward<target()>(p, first, last, begin, end);
+                });
+            };
+            cpu::unit_prepare<target(), T>(p);
+            if (!a.batch_statistics) return stages(0, a.hidden_layers());
+            for (int64_t layer = 0; layer < a.hidden_layers(); ++layer) {
+                stages(layer, layer);
+                cpu::unit_statistics<target()>(p, layer);
+            }
+            stages(a.hidden_layers(), a.hidden_layers());
+        });
+        for_statistics(work, statistics, [](const T* used, T* out, int64_t size) { std::copy_n(used, size, out); });
+    });
+    return {pooled, scores, statistics, hidden};
+}
+
+// The gradients of the parameters in torch's layout, from the sum of the partitions' shares.
+template <typename T>
+void write_parameter_gradients(const Arguments& a, const Work<T>& work, const UnitBackward<T>& p, const Tensors& grad_weights,
+                               const Tensors& grad_biases, const Tensors& grad_alphas) {
+    const auto write = [&](const UnitMatrix<T>& m, const UnitMatrix<T>* subtract, T* out, int64_t stride) {
+        for (int64_t o = 0; o < m.outputs; ++o) {
+            for (int64_t i = 0; i < m.inputs; ++i) {
+                const int64_t at = i * m.width + o;
+                out[o * stride + i] = p.shares[m.gradient + at] - (subtract != nullptr ? p.shares[subtract->gradient + at] : T(0));
+            }
+        }
+    };
+    T* first = mutable_pointer<T>(grad_weights[0]);
+    write(p.query_matrix, nullptr, first, 4 * a.D);
+    write(work.layers[0].matrix, nullptr, first + a.D, 4 * a.D);
+    write(p.query_matrix, &work.layers[0].matrix, first + 2 * a.D, 4 * a.D);  // d: in W_q + W_d and in W_k - W_d
+    write(p.product_matrix, nullptr, first + 3 * a.D, 4 * a.D);
+    for (size_t i = 0; i < work.layers.size(); ++i) {
+        const UnitLayer<T>& l = work.layers[i];
+        if (i > 0) write(l.matrix, nullptr, mutable_pointer<T>(grad_weights[i]), l.matrix.inputs);
+        const double* sums = p.sums + 4 * l.offset;
+        std::copy_n(sums + 3 * l.matrix.width, l.matrix.outputs, mutable_pointer<T>(grad_biases[i]));
+        if (!a.alphas.empty()) std::copy_n(sums, l.matrix.outputs, mutable_pointer<T>(grad_alphas[i]));
+    }
+    if (a.sizes.empty()) return;
+    std::copy_n(p.shares + p.output_gradient, a.sizes.back(), mutable_pointer<T>(grad_weights.back()));
+    *mutable_pointer<T>(grad_biases.back()) = T(p.sums[4 * p.total_width]);
+}
+
+std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> local_activation_unit_backward(
+    const OptionalTensor& grad_pooled, const OptionalTensor& grad_scores, const Tensor& query, const Tensor& keys,
+    const Tensors& weights, const Tensors& biases, const Tensors& alphas, const Tensor& statistics, const Tensor& hidden,
+    const Tensor& scores, const OptionalTensor& lengths, const std::string& activation, bool batch_statistics, double eps,
+    bool softmax) {
+    Arguments a = read_arguments(query, keys, weights, biases, alphas, lengths, activation, eps, softmax);
+    a.batch_statistics = batch_statistics && a.activation == Activation::dice && !a.sizes.empty();
+    const OptionalTensor dense_grad_pooled = checked(grad_pooled, "grad_pooled", {a.B, a.C, a.D}, a.dtype);
+    const OptionalTensor dense_grad_scores = checked(grad_scores, "grad_scores", {a.B, a.C, a.T}, a.dtype);
+    const Tensor dense_scores = checked(scores, "scores", {a.B, a.C, a.T}, a.dtype);
+    const Tensor dense_statistics = checked(statistics, "statistics", {2, a.total_size()}, a.dtype);
+    const Tensor dense_hidden = checked(hidden, "hidden", a.kept_sizes(), a.dtype);
+    const Plan plan(a);
+    const Tensor grad_query = zeros({a.B, a.C, a.D}, a.dtype), grad_keys = zeros({a.B, a.T, a.D}, a.dtype);
+    Tensors grad_weights, grad_biases, grad_alphas;
+    for (const Tensor& t : a.weights) grad_weights.push_back(zeros(sizes_of(t), a.dtype));
+    for (const Tensor& t : a.biases) grad_biases.push_back(zeros(sizes_of(t), a.dtype));
+    for (const Tensor& t : a.alphas) grad_alphas.push_back(zeros(sizes_of(t), a.dtype));
+    with_floating_type(a.dtype, "keys", [&](auto zero) {
+        using T = decltype(zero);
+        Work<T> work(a, plan);
+        for_statistics(work, dense_statistics, [](T* used, const T* given, int64_t size) { std::copy_n(given, size, used); });
+        UnitBackward<T> p{work.problem};
+        const int64_t shares = std::max<int64_t>(plan.partition_count(), 1);
+        const Tensor sums = zeros({shares, 4 * p.total_width + 1}, ScalarType::Double);
+        const Tensor hidden_gradient = empty(a.kept_sizes(), a.dtype);
+        p.hidden = a.batch_statistics ? mutable_pointer<T>(dense_hidden) : nullptr;
+        p.hidden_gradient = a.batch_statistics ? mutable_pointer<T>(hidden_gradient) : nullptr;
+        p.scores = pointer<T>(dense_scores);
+        p.grad_pooled = pointer<T>(dense_grad_pooled);
+        p.grad_scores = pointer<T>(dense_grad_scores);
+        p.partitions = plan.partitions.data(), p.partition_count = plan.partition_count();
+        p.shares = work.memory(shares * work.share_size), p.share_size = work.share_size;
+        p.sums = mutable_pointer<double>(sums);
+        p.output_gradient = work.output_gradient;
+        p.grad_query = mutable_pointer<T>(grad_query);
+        p.grad_keys = mutable_pointer<T>(grad_keys);
+        cpu::with_capability([&](auto target) {
+            const auto stages = [&](int64_t first, int64_t last) {
+                parallel_ranges(plan.partition_count(), [&](int64_t begin, int64_t end) {
+                    cpu::unit_backward<target()>(p, first, last, begin, end);
+                });
+            };
+            cpu::unit_prepare<target(), T>(p);
+            const int64_t top = a.hidden_layers();
+            if (!a.batch_statistics) stages(top, 0);
+            for (int64_t layer = top - 1; layer >= 0; --layer) {
+                if (a.batch_statistics) stages(layer + 1, layer + 1);
+                cpu::unit_feedback<target()>(p, layer);
+            }
+            if (a.batch_statistics) stages(0, 0);
+            cpu::unit_reduce<target()>(p);
+        });
+        write_parameter_gradients(a, work, p, grad_weights, grad_biases, grad_alphas);
+    });
+    return {grad_query, grad_keys, grad_weights, grad_biases, grad_alphas};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dien_ops, CPU, m) {
+    m.impl("local_activation_unit", TORCH_BOX(&local_activation_unit));
+    m.impl("local_activation_unit_backward", TORCH_BOX(&local_activation_unit_backward));
+}
+
+}  // namespace dien_ops::ops

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The local activation unit of DIN (eq. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dien_ops import _checks, reference
+from dien_ops._autograd import backward_of_backward
+from dien_ops.dice import Dice, update_running_statistics
+
+ACTIVATIONS = ("sigmoid", "prelu", "dice")
+
+# ---------------------------------------------------------------------------------------------------------- operators
+
+
+@torch.library.register_fake("dien_ops::local_activation_unit")
+def _fake(
+    query: Tensor,
+    keys: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    alphas: list[Tensor],
+    running_means: list[Tensor],
+    running_vars: list[Tensor],
+    lengths: Tensor | None,
+    activation: str,
+    eps: float,
+    softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = query.shape[0] * query.shape[1] * keys.shape[1]
+    sizes = [weight.shape[0] for weight in weights[:-1]]
+    kept = rows * sum(_padded(size, keys) for size in sizes) if activation == "dice" and not running_means else 0
+    scores = keys.new_empty(query.shape[0], query.shape[1], keys.shape[1])
+    return keys.new_empty(query.shape), scores, keys.new_empty(2, sum(sizes)), keys.new_empty(kept)
+
+
+def _padded(size: int, like: Tensor) -> int:
+    """Rows of hidden values are padded to whole 64 bytes (csrc/cpu/activation_unit.h)."""
+    step = 64 // like.element_size()
+    return (size + step - 1) // step * step
+
+
+@torch.library.register_fake("dien_ops::local_activation_unit_backward")
+def _backward_fake(
+    grad_pooled: Tensor | None,
+    grad_scores: Tensor | None,
+    query: Tensor,
+    keys: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    alphas: list[Tensor],
+    *_: Any,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    parameters = [[x.new_empty(x.shape) for x in tensors] for tensors in (weights, biases, alphas)]
+    return query.new_empty(query.shape), keys.new_empty(keys.shape), *parameters  # type: ignore[return-value]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, keys, weights, biases, alphas, running_means, running_vars, lengths, activation, eps, softmax = inputs
+    _, scores, statistics, hidden = output
+    batch_statistics = activation == "dice" and not running_means
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(statistics, hidden)
+    ctx.save_for_backward(query, keys, *weights, *biases, *alphas, statistics, hidden, scores, lengths)
+    ctx.counts, ctx.averages = (len(weights), len(biases), len(alphas)), len(running_means)
+    ctx.options = (activation, batch_statistics, eps, softmax)
+
+
+def _split(tensors: Sequence[Any], counts: Sequence[int]) -> tuple[list[list[Any]], Sequence[Any]]:
+    """The first tensors as lists of the given lengths, and the rest."""
+    lists = []
+    for count in counts:
+        lists.append(list(tensors[:count]))
+        tensors = tensors[count:]
+    return lists, tensors
+
+
+def _backward(ctx: Any, grad_pooled: Tensor | None, grad_scores: Tensor | None, *_: None) -> tuple[Any, ...]:
+    query, keys, *tensors = ctx.saved_tensors
+    parameters, (statistics, hidden, scores, lengths) = _split(tensors, ctx.counts)
+    grads = torch.ops.dien_ops.local_activation_unit_backward(
+        grad_pooled, grad_scores, query, keys, *parameters, statistics, hidden, scores, lengths, *ctx.options
+    )
+    averages = [None] * ctx.averages
+    return (*grads, averages, averages, None, None, None, None)
+
+
+def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    grad_pooled, grad_scores, query, keys, weights, biases, alphas, statistics, _, _, lengths, *options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        grad_pooled, grad_scores, query, keys, *weights, *biases, *alphas, statistics, lengths
+    )
+    ctx.counts, ctx.options = (len(weights), len(biases), len(alphas)), options
+
+
+def _double_backward(
+    ctx: Any,
+    for_query: Tensor | None,
+    for_keys: Tensor | None,
+    for_weights: list[Tensor | None],
+    for_biases: list[Tensor | None],
+    for_alphas: list[Tensor | None],
+) -> tuple[Any, ...]:
+    grad_pooled, grad_scores, *primals, statistics, lengths = ctx.saved_tensors
+    activation, batch_statistics, eps, softmax = ctx.options
+    averages: list[Sequence[Tensor]] = [(), ()]
+    if activation == "dice" and not batch_statistics:
+        sizes = [weight.shape[0] for weight in primals[2 : 1 + ctx.counts[0]]]
+        averages = [row.split(sizes) for row in statistics]
+
+    def equations(query: Tensor, keys: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
+        (weights, biases, alphas), _ = _split(parameters, ctx.counts)
+        return reference.local_activation_unit(
+            query, keys, weights, biases, activation=activation, alphas=alphas,
+            running_means=averages[0], running_vars=averages[1], training=batch_statistics, eps=eps,
+            softmax=softmax, lengths=lengths, return_scores=True,
+        )  # fmt: skip
+
+    grad_grads = [for_query, for_keys, *for_weights, *for_biases, *for_alphas]
+    (for_pooled, for_scores), found = backward_of_backward(
+        equations, primals, [grad_pooled, grad_scores], grad_grads
+    )
+    parameters, _ = _split(found[2:], ctx.counts)
+    return (for_pooled, for_scores, *found[:2], *parameters, *[None] * 8)
+
+
+torch.library.register_autograd(
+    "dien_ops::local_activation_unit", _backward, setup_context=_save_for_backward
+)
+torch.library.register_autograd(
+    "dien_ops::local_activation_unit_backward", _double_backward, setup_context=_save_for_double_backward
+)
+
+# --------------------------------------------------------------------------------------------------------- functional
+
+
+def local_activation_unit(
+    query: Tensor,
+    keys: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    activation: str = "sigmoid",
+    alphas: Sequence[Tensor] = (),
+    running_means: Sequence[Tensor] = (),
+    running_vars: Sequence[Tensor] = (),
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-8,
+    softmax: bool = False,
+    lengths: Tensor | None = None,
+    return_scores: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""What a user's history amounts to in view of a target (DIN eq. 3).
+
+    .. math::
+        v_U = \sum_t a(e_t, v_A) \, e_t
+
+    where a is a network over ``[q, k, q - k, q * k]`` with the query :math:`q = v_A` and the keys :math:`k = e_t`. That
+    input is never built: nothing of size ``[B, T, 4D]`` is written. Padding has score 0 and is in no sum and no statistic;
+    an empty history gives zeros.
+
+    Args:
+        query: ``[B, D]``, or ``[B, C, D]`` for C targets per sequence; float32 or float64. Any strides.
+        keys: ``[B, T, D]``.
+        weights: one of each layer as in :class:`torch.nn.Linear`: ``[H1, 4D]``, ``[H2, H1]``, ..., ``[1, HL]``. The
+            first one's columns are those of q, k, q - k and q * k.
+        biases: ``[H1]``, ``[H2]``, ..., ``[1]``.
+        activation: of the hidden layers: ``"sigmoid"`` (the released code), ``"prelu"`` or ``"dice"`` (the paper).
+        alphas: ``[H1]``, ..., ``[HL]`` for ``"prelu"`` and ``"dice"``, none for ``"sigmoid"``.
+        running_means, running_vars: ``[H1]``, ..., ``[HL]``, Dice's moving averages; see
+            :func:`dien_ops.functional.dice`, also for training, momentum and eps. Needed with ``training=False``.
+        training: only Dice knows the difference.
+        softmax: normalise the scores over the valid steps (the released code); the paper does not.
+        lengths: ``[B]`` int32 or int64, each in 0..T.
+        return_scores: also return the scores.
+
+    Returns:
+        pooled ``[B, D]``, or ``[B, C, D]`` for C targets; with ``return_scores`` also the scores ``[B, T]`` or
+        ``[B, C, T]``. Both are differentiable.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument has the wrong type; rank, dtype, name or number of tensors; size,
+            device or value.
+
+    Example:
+        >>> q, k = torch.randn(8, 18), torch.randn(8, 50, 18)
+        >>> layers = [torch.nn.Linear(72, 80), torch.nn.Linear(80, 1)]
+        >>> weights, biases = [x.weight for x in layers], [x.bias for x in layers]
+        >>> dien_ops.functional.local_activation_unit(q, k, weights, biases).shape
+        torch.Size([8, 18])
+    """
+    _check_arguments(query, keys, weights, biases, activation, alphas, running_means, running_vars, lengths)
+    dice = activation == "dice"
+    if dice and not training and not running_means and len(weights) > 1:
+        raise ValueError("running_means and running_vars are needed where training=False, got none")
+    averages = ([], []) if training or not dice else tuple(
+        [x.to(keys.dtype) for x in tensors] for tensors in (running_means, running_vars)
+    )  # fmt: skip
+    several = query.dim() == 3
+    queries = query if several else query.unsqueeze(1)
+    pooled, scores, statistics, _ = torch.ops.dien_ops.local_activation_unit(
+        queries, keys, list(weights), list(biases), list(alphas), *averages, lengths, activation, eps, softmax
+    )
+    if dice and training and running_means:
+        steps = lengths.sum() if lengths is not None else torch.full((), keys.shape[:2].numel())
+        sizes = [weight.shape[0] for weight in weights[:-1]]
+        batch = [row.split(sizes) for row in statistics]
+        for mean, var, *used in zip(running_means, running_vars, *batch, strict=True):
+            update_running_statistics(mean, var, *used, steps * queries.shape[1], momentum)
+    if not several:
+        pooled, scores = pooled.squeeze(1), scores.squeeze(1)
+    return (pooled, scores) if return_scores else pooled
+
+
+def _check_arguments(
+    query: Tensor,
+    keys: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    alphas: Sequence[Tensor],
+    running_means: Sequence[Tensor],
+    running_vars: Sequence[Tensor],
+    lengths: Tensor | None,
+) -> None:
+    _checks.one_of("activation", activation, ACTIVATIONS)
+    _checks.supported("keys", keys)
+    _checks.rank("keys", keys, 3)
+    _checks.tensor("query", query)
+    _checks.matches("keys", keys, query=query)
+    _checks.rank("query", query, 2, 3)
+    batch, steps, features = keys.shape
+    several = query.dim() == 3
+    expected = [batch, query.shape[1], features] if several else [batch, features]
+    _checks.shape("query", query, expected, "[B, C, D]" if several else "[B, D]")
+    if len(weights) == 0:
+        raise ValueError("weights must have at least one tensor, that of the output layer, got none")
+    hidden = len(weights) - 1
+    averages = hidden if len(running_means) > 0 else 0
+    numbers = {
+        "biases": (biases, hidden + 1),
+        "alphas": (alphas, 0 if activation == "sigmoid" else hidden),
+        "running_means": (running_means, averages if activation == "dice" else 0),
+        "running_vars": (running_vars, averages if activation == "dice" else 0),
+    }
+    for name, (tensors, number) in numbers.items():
+        if len(tensors) != number:
+            raise ValueError(
+                f"{name} must have {number} tensors with {len(weights)} weights and activation={activation!r}, "
+                f"got {len(tensors)}"
+            )
+    inputs = 4 * features
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        _checks.tensor(f"weights[{i}]", weight)
+        _checks.tensor(f"biases[{i}]", bias)
+        _checks.rank(f"weights[{i}]", weight, 2)
+        outputs = weight.shape[0] if i < hidden else 1
+        _checks.shape(f"weights[{i}]", weight, [outputs, inputs], "[outputs, inputs]")
+        _checks.shape(f"biases[{i}]", bias, [outputs], "[outputs]")
+        _checks.matches("keys", keys, **{f"weights[{i}]": weight, f"biases[{i}]": bias})
+        if i < hidden and len(alphas) > 0:
+            _checks.tensor(f"alphas[{i}]", alphas[i])
+            _checks.shape(f"alphas[{i}]", alphas[i], [outputs], "[outputs]")
+            _checks.matches("keys", keys, **{f"alphas[{i}]": alphas[i]})
+        if i < averages:
+            for name, average in (("running_means", running_means[i]), ("running_vars", running_vars[i])):
+                _checks.shape(f"{name}[{i}]", average, [outputs], "[outputs]")
+                _checks.same_device("keys", keys, f"{name}[{i}]", average)
+        inputs = outputs
+    _checks.lengths(lengths, batch, keys.device)
+
+
+# ------------------------------------------------------------------------------------------------------------ modules
+
+
+class LocalActivationUnit(nn.Module):
+    """:func:`dien_ops.functional.local_activation_unit` (DIN eq. 3) with its parameters.
+
+    ``layers`` holds one :class:`torch.nn.Linear` per layer, so that weights of a composed model load as they are; the
+    first one takes ``[q, k, q - k, q * k]``. ``activations`` holds one :class:`torch.nn.Sigmoid`, :class:`torch.nn.PReLU`
+    or :class:`dien_ops.Dice` per hidden layer. Of several Dice, eps and momentum of the first count for all.
+
+    The defaults are the released code's network, 80-40-1 with sigmoids, without its softmax, as in the paper.
+
+    Args:
+        embedding_dim: D, the size of the query and of each key.
+        hidden_sizes: of the hidden layers, any number.
+        activation: ``"sigmoid"``, ``"prelu"`` or ``"dice"``.
+        softmax: normalise the scores over the valid steps; the paper does not.
+        device, dtype: of the parameters.
+
+    Example:
+        >>> unit = dien_ops.LocalActivationUnit(36)
+        >>> pooled = unit(torch.randn(8, 36), torch.randn(8, 50, 36), lengths=torch.randint(0, 51, (8,)))
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        hidden_sizes: Sequence[int] = (80, 40),
+        activation: str = "sigmoid",
+        softmax: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.one_of("activation", activation, ACTIVATIONS)
+        self.embedding_dim, self.hidden_sizes = embedding_dim, tuple(hidden_sizes)
+        self.activation, self.softmax = activation, softmax
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        sizes = [4 * embedding_dim, *hidden_sizes, 1]
+        self.layers = nn.ModuleList(
+            nn.Linear(inputs, outputs, **factory) for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True)
+        )
+        self.activations = nn.ModuleList(
+            {
+                "sigmoid": lambda: nn.Sigmoid(),
+                "prelu": lambda size=size: nn.PReLU(size, **factory),
+                "dice": lambda size=size: Dice(size, **factory),
+            }[activation]()
+            for size in hidden_sizes
+        )
+
+    def forward(
+        self, query: Tensor, keys: Tensor, *, lengths: Tensor | None = None, return_scores: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Args: query ``[B, D]`` or ``[B, C, D]``, keys ``[B, T, D]``, lengths ``[B]``. Returns pooled ``[B, D]`` or
+        ``[B, C, D]``, and where asked for the scores ``[B, T]`` or ``[B, C, T]``."""
+        options: dict[str, Any] = {}
+        if self.activation == "prelu":
+            options["alphas"] = [x.weight for x in self.activations]
+        if self.activation == "dice":
+            options["alphas"] = [x.alpha for x in self.activations]
+            options["running_means"] = [x.running_mean for x in self.activations]
+            options["running_vars"] = [x.running_var for x in self.activations]
+            for first in self.activations[:1]:
+                options |= {"eps": first.eps, "momentum": first.momentum}
+        result = local_activation_unit(
+            query,
+            keys,
+            [x.weight for x in self.layers],
+            [x.bias for x in self.layers],
+            activation=self.activation,
+            training=self.training,
+            softmax=self.softmax,
+            lengths=lengths,
+            return_scores=return_scores,
+            **options,
+        )
+        if self.training and self.activation == "dice":
+            for x in self.activations:
+                x.num_batches_tracked.add_(1)
+        return result
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.embedding_dim}, hidden_sizes={self.hidden_sizes}, activation={self.activation!r}, "
+            f"softmax={self.softmax}"
+        )

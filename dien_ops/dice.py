@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dice, the data adaptive activation function of DIN (eq. 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dien_ops import _checks, reference
+from dien_ops._autograd import backward_of_backward
+
+# -------------------------------------------------------------------------------------------------- operators
+
+
+@torch.library.register_fake("dien_ops::dice")
+def _dice_fake(
+    input: Tensor,
+    alpha: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return input.new_empty(input.shape), alpha.new_empty(alpha.shape), alpha.new_empty(alpha.shape)
+
+
+@torch.library.register_fake("dien_ops::dice_backward")
+def _dice_backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    alpha: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    batch_statistics: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    affine = [alpha.new_empty(alpha.shape if x is not None else 0) for x in (weight, bias)]
+    return input.new_empty(input.shape), alpha.new_empty(alpha.shape), affine[0], affine[1]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, alpha, mean, _, weight, bias, lengths, eps = inputs
+    _, used_mean, used_var = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(used_mean, used_var)
+    ctx.save_for_backward(input, alpha, used_mean, used_var, weight, bias, lengths)
+    ctx.batch_statistics, ctx.eps = mean is None, eps
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * 8
+    grad_input, grad_alpha, grad_weight, grad_bias = torch.ops.dien_ops.dice_backward(
+        grad_output, *ctx.saved_tensors, ctx.batch_statistics, ctx.eps
+    )
+    weight, bias = ctx.saved_tensors[4:6]
+    return (
+        grad_input,
+        grad_alpha,
+        None,
+        None,
+        grad_weight if weight is not None else None,
+        grad_bias if bias is not None else None,
+        None,
+        None,
+    )
+
+
+def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.batch_statistics, ctx.eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_output, input, alpha, mean, var, weight, bias, lengths = ctx.saved_tensors
+    statistics = (None, None) if ctx.batch_statistics else (mean, var)
+
+    def equations(
+        input: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Sequence[Tensor]:
+        training = ctx.batch_statistics
+        return (
+            reference.dice(
+                input, alpha, *statistics, weight, bias, training=training, eps=ctx.eps, lengths=lengths
+            ),
+        )
+
+    (for_output,), (for_input, for_alpha, for_weight, for_bias) = backward_of_backward(
+        equations, (input, alpha, weight, bias), (grad_output,), grad_grads
+    )
+    return for_output, for_input, for_alpha, None, None, for_weight, for_bias, None, None, None
+
+
+torch.library.register_autograd("dien_ops::dice", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "dien_ops::dice_backward", _double_backward, setup_context=_backward_setup_context
+)
+
+# ------------------------------------------------------------------------------------------------- functional
+
+
+def dice(
+    input: Tensor,
+    alpha: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-8,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Dice (DIN eq. 9): ``f(s) = p s + (1 - p) alpha s`` with ``p = sigmoid(weight (s - E) / (sqrt(Var) + eps) + bias)``.
+
+    With ``training=True``, E and Var are the mean and the biased variance of each channel over the batch, the gradient
+    flows through them, and the moving averages, where given, are updated in place as :func:`torch.nn.functional.batch_norm`
+    does: ``running = (1 - momentum) running + momentum batch``, with the unbiased variance. With ``training=False``, E and
+    Var are the moving averages. Steps behind a sequence's length count in no statistic; their output and gradient are 0.
+
+    Args:
+        input: ``[N, C]``, or ``[B, T, C]`` with C channels last; float32 or float64. Any strides.
+        alpha: ``[C]``, the slope where the gate is closed.
+        running_mean, running_var: ``[C]`` moving averages, both or neither; needed with ``training=False``.
+        weight, bias: ``[C]``, optional affine parameters; the paper has none.
+        lengths: ``[B]`` int32 or int64, each in 0..T; with a ``[B, T, C]`` input only.
+
+    Returns:
+        The shape and dtype of ``input``.
+
+    Raises:
+        ValueError: a wrong rank or dtype, or moving averages that are missing.
+        RuntimeError: a wrong size or device, or lengths outside 0..T.
+
+    Example:
+        >>> s = torch.randn(32, 80)
+        >>> y = dien_ops.functional.dice(s, alpha=torch.zeros(80))
+    """
+    _check_arguments(input, alpha, running_mean, running_var, weight, bias, lengths)
+    if training:
+        output, mean, var = torch.ops.dien_ops.dice(input, alpha, None, None, weight, bias, lengths, eps)
+        if running_mean is not None and running_var is not None:
+            count = lengths.sum() if lengths is not None else torch.full((), input.shape[:-1].numel())
+            update_running_statistics(running_mean, running_var, mean, var, count, momentum)
+        return output
+    if running_mean is None or running_var is None:
+        raise ValueError("running_mean and running_var are needed where training=False, got None")
+    mean, var = running_mean.to(input.dtype), running_var.to(input.dtype)
+    return torch.ops.dien_ops.dice(input, alpha, mean, var, weight, bias, lengths, eps)[0]
+
+
+@torch.no_grad()
+def update_running_statistics(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, momentum: float
+) -> None:
+    """Moves the averages towards a batch's mean and biased variance over `count` values; an empty batch moves nothing."""
+    n = count.to(var.dtype)
+    unbiased = var * (n / (n - 1).clamp(min=1))
+    for running, batch in ((running_mean, mean), (running_var, unbiased)):
+        running.lerp_(batch.to(running.dtype), momentum * (n > 0).to(running.dtype))
+
+
+def _check_arguments(
+    input: Tensor,
+    alpha: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+) -> None:
+    _checks.supported("input", input)
+    _checks.rank("input", input, 2, 3)
+    _checks.tensor("alpha", alpha)
+    _checks.matches("input", input, alpha=alpha, weight=weight, bias=bias)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must be given together, got one of them")
+    channels = {
+        "alpha": alpha,
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "weight": weight,
+        "bias": bias,
+    }
+    for name, value in channels.items():
+        if value is not None:
+            _checks.shape(name, value, [input.size(-1)], "[C]")
+            _checks.same_device("input", input, name, value)
+    if lengths is not None and input.dim() == 2:
+        raise ValueError("lengths need an input of shape [B, T, C], got a 2-D input")
+    _checks.lengths(lengths, input.size(0), input.device)
+
+
+# ---------------------------------------------------------------------------------------------------- modules
+
+
+class Dice(nn.Module):
+    """The activation :func:`dien_ops.functional.dice` (DIN eq. 9) with its parameters and moving averages.
+
+    In training mode the statistics are the batch's, in evaluation mode the moving averages: what a row is scored then does
+    not depend on the rest of its batch. Parameter ``alpha`` [C] starts at 0; ``weight`` [C] and ``bias`` [C] exist with
+    ``affine=True`` and start at 1 and 0. Buffers ``running_mean`` (0), ``running_var`` (1) and ``num_batches_tracked`` are
+    those of :class:`torch.nn.BatchNorm1d`.
+
+    Args:
+        num_features: C, the size of the last axis.
+        eps: is added to the standard deviation, as in the paper; not to the variance.
+        momentum: the weight of the newest batch in the moving averages.
+        affine: learn a scale and an offset of the gate's argument; not in the paper.
+        device, dtype: of the parameters and the moving averages.
+
+    Example:
+        >>> activation = dien_ops.Dice(80)
+        >>> y = activation(torch.randn(32, 50, 80), lengths=torch.randint(0, 51, (32,)))
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-8,
+        momentum: float = 0.1,
+        affine: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.num_features, self.eps, self.momentum, self.affine = num_features, eps, momentum, affine
+        self.alpha = nn.Parameter(torch.empty(num_features, **factory))
+        self.register_parameter(
+            "weight", nn.Parameter(torch.empty(num_features, **factory)) if affine else None
+        )
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(num_features, **factory)) if affine else None
+        )
+        self.register_buffer("running_mean", torch.empty(num_features, **factory))
+        self.register_buffer("running_var", torch.empty(num_features, **factory))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.alpha)
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def forward(self, input: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        """Args: input ``[N, C]`` or ``[B, T, C]``; lengths ``[B]`` for the latter. Returns the shape of the input."""
+        output = dice(
+            input,
+            self.alpha,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+            lengths=lengths,
+        )
+        if self.training:  # last: an error above must leave all buffers as they were
+            self.num_batches_tracked.add_(1)
+        return output
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"

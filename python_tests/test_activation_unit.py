@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The local activation unit (DIN eq. 3): the kernel against reference.py, its module."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import (
+    assert_at_most_twice_torchs_error,
+    assert_close,
+    gradients,
+    leaf,
+    spread_lengths,
+    with_threads,
+)
+from torch import Tensor, nn
+
+import dien_ops
+from dien_ops import functional, reference
+
+ACTIVATIONS = ["sigmoid", "prelu", "dice"]
+# B, C (None: one target without an axis of its own), T, D, hidden sizes
+SIZES = [
+    (9, None, 50, 36, (80, 40)), (4, 3, 7, 5, (6,)), (3, 2, 5, 4, ()), (2, None, 1, 17, (3, 5, 2)),
+    (0, None, 4, 3, (2,)), (0, 2, 4, 3, (2,)), (2, 3, 0, 3, (2,)), (2, 0, 3, 3, (2,)), (30, 7, 9, 50, (49, 1)),
+]  # fmt: skip
+F64 = torch.float64
+
+
+class Case:
+    """Tensors for one call, and the call."""
+
+    def __init__(self, sizes, activation: str, dtype: torch.dtype = F64, with_lengths: bool = True, **options) -> None:
+        B, C, T, D, hidden = sizes
+        widths = [4 * D, *hidden, 1]
+        self.query = leaf(B, *([] if C is None else [C]), D, dtype=dtype)
+        self.keys = leaf(B, T, D, dtype=dtype)
+        self.weights = [leaf(o, i, dtype=dtype) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+        self.biases = [leaf(o, dtype=dtype) for o in widths[1:]]
+        self.alphas = [leaf(h, dtype=dtype) for h in hidden] if activation != "sigmoid" else []
+        dice = activation == "dice"
+        self.running_means = [torch.linspace(-1, 1, h, dtype=dtype) for h in hidden] if dice else []
+        self.running_vars = [torch.linspace(0.5, 2, h, dtype=dtype) for h in hidden] if dice else []
+        self.lengths = spread_lengths(B, T) if with_lengths else None
+        self.options = {"activation": activation, "eps": 1e-3, **options}
+
+    def to(self, dtype: torch.dtype) -> Case:
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                setattr(other, name, [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in value])
+        other.query, other.keys = (x.detach().to(dtype).requires_grad_() for x in (self.query, self.keys))
+        return other
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [self.query, self.keys, *self.weights, *self.biases, *self.alphas]
+
+    def call(self, module=functional, **changes) -> tuple[Tensor, Tensor]:
+        options = {
+            "alphas": self.alphas, "running_means": self.running_means, "running_vars": self.running_vars,
+            "lengths": self.lengths, **self.options, **changes,
+        }  # fmt: skip
+        return module.local_activation_unit(
+            self.query, self.keys, self.weights, self.biases, return_scores=True, **options
+        )
+
+    def results(self, module=functional) -> list[Tensor]:
+        """Outputs, all gradients, and the moving averages after one call that starts from this case's."""
+        averages = {n: [x.clone() for x in getattr(self, n)] for n in ("running_means", "running_vars")}
+        outputs = self.call(module, **averages)
+        return [*(x.detach() for x in outputs), *gradients(outputs, self.inputs), *sum(averages.values(), [])]
+
+
+@pytest.mark.parametrize("with_lengths", [False, True])
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_outputs_gradients_and_moving_averages_are_those_of_the_equations(
+    sizes, activation, training, softmax, with_lengths
+):
+    case = Case(sizes, activation, with_lengths=with_lengths, training=training, softmax=softmax)
+    assert_close(case.results(functional), case.results(reference))
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_float32_errs_no_more_than_twice_as_torch_does(activation, training, softmax):
+    exact = Case((40, None, 50, 36, (80, 40)), activation, training=training, softmax=softmax)
+    for x in exact.weights:
+        x.data /= x.shape[1] ** 0.5
+    single = exact.to(torch.float32)
+    assert_at_most_twice_torchs_error(
+        single.results(functional), single.results(reference), exact.results(reference)
+    )
+
+
+def test_hand_worked_values():
+    # q = 2, k = 3, 5; the only layer takes 1 q + 10 k + 100 (q - k) + 1000 q k + 7
+    weight, bias = torch.tensor([[1.0, 10, 100, 1000]], dtype=F64), torch.tensor([7.0], dtype=F64)
+    query, keys = torch.tensor([[2.0]], dtype=F64), torch.tensor([[[3.0], [5.0]]], dtype=F64)
+    first, second = 2 + 30 - 100 + 6000 + 7, 2 + 50 - 300 + 10000 + 7
+    pooled, scores = functional.local_activation_unit(query, keys, [weight], [bias], return_scores=True)
+    assert scores.tolist() == [[first, second]]
+    assert pooled.tolist() == [[3.0 * first + 5 * second]]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("softmax", [False, True])
+def test_padding_is_never_read_and_an_empty_history_gives_zeros(activation, softmax):
+    case = Case((4, 3, 6, 5, (7, 2)), activation, softmax=softmax)
+    case.lengths = torch.tensor([6, 0, 2, 5])
+    clean = case.results()
+    keys = case.keys.detach().clone()
+    for b, length in enumerate(case.lengths):
+        keys[b, length:] = torch.nan
+    case.keys = keys.requires_grad_()
+    found = case.results()
+    assert_close(found, clean)
+    pooled, scores, grad_keys = found[0], found[1], found[3]
+    assert (pooled[1] == 0).all()
+    for b, length in enumerate(case.lengths):
+        assert (scores[b, :, length:] == 0).all() and (grad_keys[b, length:] == 0).all()
+
+
+def test_softmax_scores_sum_to_one():
+    case = Case((4, 3, 6, 5, (7, 2)), "sigmoid", softmax=True)
+    sums = case.call()[1].sum(-1)
+    assert_close([sums], [(case.lengths > 0).double().unsqueeze(1).expand(4, 3)])
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "prelu"])
+def test_several_targets_pool_as_one_at_a_time(activation):
+    case = Case((5, 40, 9, 6, (7, 3)), activation)
+    together = case.call()
+    queries = case.query
+    alone = []
+    for c in range(40):
+        case.query = queries[:, c]
+        alone.append(case.call())
+    assert_close(together, [torch.stack([x[i] for x in alone], dim=1) for i in (0, 1)])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_each_output_can_be_differentiated_alone(activation):
+    case = Case((3, 2, 4, 3, (5,)), activation)
+    for i in (0, 1):
+        found, expected = ([m[i]] for m in (case.call(), case.call(reference)))
+        assert_close(gradients(found, case.inputs), gradients(expected, case.inputs))
+
+
+def test_any_strides_are_accepted():
+    case = Case((3, 2, 4, 6, (5, 3)), "prelu")
+    dense = case.results()
+    strided = copy.copy(case)
+    for name in ("query", "keys"):
+        setattr(strided, name, torch.stack([getattr(case, name)] * 2, dim=-1)[..., 0])
+    for name in ("weights", "biases", "alphas"):
+        setattr(strided, name, [torch.stack([x, x], dim=-1)[..., 0] for x in getattr(case, name)])
+    assert not strided.weights[0].is_contiguous()
+    assert_close(strided.results(), dense)
+    pooled, scores = case.call()
+    expanded = torch.autograd.grad(pooled.sum() + scores.sum(), case.inputs, retain_graph=True)
+    ones = [torch.ones_like(pooled), torch.ones_like(scores)]
+    assert_close(expanded, torch.autograd.grad([pooled, scores], case.inputs, ones))
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize(("activation", "training"), [("sigmoid", True), ("prelu", True), ("dice", True), ("dice", False)])
+def test_first_and_second_derivatives_agree_with_finite_differences(activation, training, softmax):
+    case = Case((2, 2, 2, 1, (2, 1)), activation, training=training, softmax=softmax)
+    averages = {} if not training else {"running_means": [], "running_vars": []}
+
+    def f(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        other = copy.copy(case)
+        other.query, other.keys = tensors[:2]
+        other.weights, other.biases, other.alphas = list(tensors[2:5]), list(tensors[5:8]), list(tensors[8:])
+        return other.call(**averages)
+
+    torch.autograd.gradcheck(f, case.inputs)
+    torch.autograd.gradgradcheck(f, case.inputs)
+
+
+@pytest.mark.parametrize(("activation", "training"), [("sigmoid", True), ("dice", True), ("dice", False)])
+def test_the_operators_pass_opcheck(activation, training):
+    case = Case((3, 2, 5, 4, (6, 3)), activation, torch.float32)
+    averages = ([], []) if training else (case.running_means, case.running_vars)
+    parameters = (case.weights, case.biases, case.alphas)
+    forward = (case.query, case.keys, *parameters, *averages, case.lengths, activation, 1e-3, True)
+    torch.library.opcheck(torch.ops.dien_ops.local_activation_unit.default, forward)
+    pooled, scores, statistics, hidden = torch.ops.dien_ops.local_activation_unit(*forward)
+    batch_statistics = activation == "dice" and training
+    backward = (
+        leaf(*pooled.shape, dtype=torch.float32), None, case.query, case.keys, *parameters, statistics, hidden,
+        scores.detach(), case.lengths, activation, batch_statistics, 1e-3, True,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.dien_ops.local_activation_unit_backward.default, backward)
+
+
+@pytest.mark.parametrize(
+    ("activation", "sizes"),
+    [("sigmoid", (300, None, 20, 18, (80, 40))), ("prelu", (9, 30, 20, 7, (20, 5))), ("dice", (300, 2, 9, 5, (33,)))],
+)
+def test_the_number_of_threads_changes_no_bit(activation, sizes):
+    case = Case(sizes, activation, torch.float32)
+    for one, two in zip(with_threads(1, case.results), with_threads(2, case.results), strict=True):
+        assert torch.equal(one, two)
+
+
+# ------------------------------------------------------------------------------------------------------------- module
+
+
+def composed(unit: dien_ops.LocalActivationUnit, query: Tensor, keys: Tensor) -> Tensor:
+    """The unit from its own submodules, for one target and without padding."""
+    q = query.unsqueeze(1).expand_as(keys)
+    hidden = torch.cat([q, keys, q - keys, q * keys], dim=-1)
+    for layer, activation in zip(unit.layers[:-1], unit.activations, strict=True):
+        hidden = layer(hidden)
+        flat = hidden.flatten(0, 1)  # where nn.PReLU, too, has the channels second
+        hidden = activation(flat).view_as(hidden)
+    scores = unit.layers[-1](hidden).squeeze(-1)
+    if unit.softmax:
+        scores = scores.softmax(-1)
+    return torch.einsum("bt,btd->bd", scores, keys)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_module_computes_what_its_submodules_do(activation, softmax, training):
+    unit = dien_ops.LocalActivationUnit(6, (8, 5), activation, softmax, dtype=F64).train(training)
+    twin = copy.deepcopy(unit)
+    query, keys = leaf(4, 6), leaf(4, 7, 6)
+    found, expected = unit(query, keys), composed(twin, query, keys)
+    assert_close([found], [expected])
+    inputs = [query, keys]
+    assert_close(
+        gradients([found], [*inputs, *unit.parameters()]), gradients([expected], [*inputs, *twin.parameters()]), 1e-11
+    )
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(unit.state_dict()[name], value)
+
+
+def test_weights_of_plain_linear_layers_load():
+    layers = nn.ModuleList([nn.Linear(24, 80), nn.Linear(80, 40), nn.Linear(40, 1)])
+    unit = dien_ops.LocalActivationUnit(6)
+    unit.layers.load_state_dict(layers.state_dict())
+    assert list(unit.state_dict()) == [f"layers.{name}" for name in layers.state_dict()]
+
+
+def test_an_empty_history_leaves_the_moving_averages_alone():
+    unit = dien_ops.LocalActivationUnit(3, (4,), "dice")
+    unit(torch.randn(2, 3), torch.randn(2, 5, 3), lengths=torch.tensor([0, 0]))
+    assert (unit.activations[0].running_mean == 0).all() and (unit.activations[0].running_var == 1).all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_it_compiles_as_a_whole_with_dynamic_shapes(activation):
+    unit = dien_ops.LocalActivationUnit(6, (8, 5), activation)
+    twin = copy.deepcopy(unit)
+    compiled = torch.compile(unit, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, steps in ((3, 4), (5, 7)):
+        query, keys = leaf(batch, 6, dtype=torch.float32), leaf(batch, steps, 6, dtype=torch.float32)
+        lengths = spread_lengths(batch, steps)
+        found = compiled(query, keys, lengths=lengths, return_scores=True)
+        expected = twin(query, keys, lengths=lengths, return_scores=True)
+        assert_close(found, expected, 1e-5)
+        inputs = [query, keys]
+        assert_close(
+            gradients(found, [*inputs, *unit.parameters()]), gradients(expected, [*inputs, *twin.parameters()]), 1e-5
+        )
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(unit.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_it_exports(activation):
+    unit = dien_ops.LocalActivationUnit(6, (8, 5), activation).eval()
+    batch, steps = torch.export.Dim("batch", min=1), torch.export.Dim("steps", min=1)
+    shapes = {"query": {0: batch}, "keys": {0: batch, 1: steps}}
+    program = torch.export.export(unit, (torch.randn(4, 6), torch.randn(4, 5, 6)), dynamic_shapes=shapes)
+    query, keys = torch.randn(2, 6), torch.randn(2, 9, 6)
+    assert_close([program.module()(query, keys)], [unit(query, keys)])
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+W = [torch.zeros(5, 12), torch.zeros(1, 5)]
+B = [torch.zeros(5), torch.zeros(1)]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (TypeError, "query must be a Tensor, got int", {"query": 3}),
+        (ValueError, r"keys must be 3-D, got 2-D of shape \[4, 3\]", {"keys": torch.zeros(4, 3)}),
+        (ValueError, "query must have the dtype of keys", {"query": torch.zeros(2, 3, dtype=F64)}),
+        (RuntimeError, r"query must have shape \[2, 3\] \[B, D\], got \[2, 4\]", {"query": torch.zeros(2, 4)}),
+        (RuntimeError, r"query must have shape \[2, 7, 3\] \[B, C, D\], got \[1, 7, 3\]", {"query": torch.zeros(1, 7, 3)}),
+        (ValueError, "activation must be one of 'sigmoid', 'prelu', 'dice', got 'relu'", {"activation": "relu"}),
+        (ValueError, "weights must have at least one tensor", {"weights": [], "biases": []}),
+        (ValueError, "biases must have 2 tensors with 2 weights and activation='sigmoid', got 1", {"biases": B[:1]}),
+        (ValueError, "alphas must have 1 tensors with 2 weights and activation='prelu', got 0", {"activation": "prelu"}),
+        (ValueError, "alphas must have 0 tensors with 2 weights and activation='sigmoid', got 1", {"alphas": B[:1]}),
+        (RuntimeError, r"weights\[0\] must have shape \[5, 12\] \[outputs, inputs\], got \[5, 3\]", {"weights": [torch.zeros(5, 3), W[1]]}),
+        (RuntimeError, r"weights\[1\] must have shape \[1, 5\] \[outputs, inputs\], got \[2, 5\]", {"weights": [W[0], torch.zeros(2, 5)]}),
+        (RuntimeError, r"biases\[0\] must have shape \[5\] \[outputs\], got \[1\]", {"biases": [B[1], B[1]]}),
+        (ValueError, r"biases\[1\] must have the dtype of keys", {"biases": [B[0], B[1].double()]}),
+        (RuntimeError, r"alphas\[0\] must have shape \[5\]", {"alphas": B[1:], "activation": "prelu"}),
+        (ValueError, "running_vars must have 1 tensors", {"activation": "dice", "alphas": B[:1], "running_means": B[:1]}),
+        (ValueError, "running_means and running_vars are needed where training=False", {"activation": "dice", "alphas": B[:1], "training": False}),
+        (RuntimeError, r"lengths must be in 0..4 \(T\), got 5 at row 1", {"lengths": torch.tensor([0, 5])}),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_named(error, message, change):
+    given = {"query": torch.zeros(2, 3), "keys": torch.zeros(2, 4, 3), "weights": W, "biases": B}
+    with pytest.raises(error, match=message):
+        functional.local_activation_unit(**(given | change))
+
+
+def test_the_module_refuses_an_unknown_activation():
+    with pytest.raises(ValueError, match="activation must be one of"):
+        dien_ops.LocalActivationUnit(3, activation="relu")

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dice (DIN eq. 9): the kernel against reference.py, its statistics, its module."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import (
+    assert_at_most_twice_torchs_error,
+    assert_close,
+    gradients,
+    leaf,
+    spread_lengths,
+    with_threads,
+)
+from torch import Tensor, nn
+
+import dien_ops
+from dien_ops import functional, reference
+
+SHAPES = [(65, 36), (1, 3), (0, 5), (300, 81), (9, 7, 5), (4, 1, 16), (0, 6, 4), (3, 0, 4), (40, 50, 19)]
+F64 = torch.float64
+
+
+def arguments(shape: tuple[int, ...], affine: bool = True, dtype: torch.dtype = F64) -> dict[str, Tensor]:
+    result = {"input": leaf(*shape, dtype=dtype), "alpha": leaf(shape[-1], dtype=dtype)}
+    if affine:
+        result |= {"weight": leaf(shape[-1], dtype=dtype), "bias": leaf(shape[-1], dtype=dtype)}
+    return result
+
+
+def running(channels: int, dtype: torch.dtype = F64) -> dict[str, Tensor]:
+    mean, var = torch.linspace(-1, 1, channels, dtype=dtype), torch.linspace(0.5, 2, channels, dtype=dtype)
+    return {"running_mean": mean, "running_var": var}
+
+
+def results(module, arguments: dict[str, Tensor], **options) -> list[Tensor]:
+    output = module.dice(**arguments, **options)
+    return [output.detach(), *gradients([output], [x for x in arguments.values() if x.requires_grad])]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "with_lengths"), [(s, False) for s in SHAPES] + [(s, True) for s in SHAPES if len(s) == 3]
+)
+def test_output_gradients_and_moving_averages_are_those_of_the_equations(
+    shape, with_lengths, affine, training
+):
+    lengths = spread_lengths(shape[0], shape[1]) if with_lengths else None
+    given = arguments(shape, affine)
+    found = []
+    for module in (functional, reference):
+        averages = running(shape[-1])
+        options = {"training": training, "lengths": lengths, "eps": 1e-3}
+        found.append([*results(module, given | averages, **options), *averages.values()])
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_float32_errs_no_more_than_twice_as_torch_does(training):
+    exact = arguments((500, 37)) | running(37)
+    single = {k: v.detach().float().requires_grad_(v.requires_grad) for k, v in exact.items()}
+    kernel = results(functional, single, training=training)
+    assert_at_most_twice_torchs_error(
+        kernel, results(reference, single, training=training), results(reference, exact, training=training)
+    )
+
+
+def test_a_large_mean_with_a_small_variance_keeps_its_precision_in_float32():
+    exact = {
+        "input": (1e4 + 0.1 * torch.randn(5000, 11, dtype=F64)).float().double(),
+        "alpha": torch.zeros(11, dtype=F64),
+    }
+    single = {k: v.float() for k, v in exact.items()}
+    kernel, plain = functional.dice(**single), reference.dice(**single)
+    assert_at_most_twice_torchs_error([kernel], [plain], [reference.dice(**exact)])
+    mean, var = torch.zeros(11), torch.zeros(11)
+    functional.dice(**single, running_mean=mean, running_var=var, momentum=1.0)
+    torch.testing.assert_close(mean.double(), exact["input"].mean(0), rtol=6e-8, atol=0)
+    torch.testing.assert_close(var.double(), exact["input"].var(0), rtol=2e-6, atol=0)
+
+
+def test_hand_worked_values():
+    # s = 1, 3: E = 2, Var = 1, so that p = sigmoid(-1), sigmoid(1); alpha = 0.5
+    s = torch.tensor([[1.0], [3.0]], dtype=F64)
+    low = 1 / (1 + math.e)
+    expected = [[low + (1 - low) * 0.5], [3 * (1 - low) + 3 * low * 0.5]]
+    found = functional.dice(s, torch.tensor([0.5], dtype=F64), eps=0.0)
+    assert_close([found], [torch.tensor(expected, dtype=F64)])
+
+
+def test_alpha_one_is_the_identity():
+    s = torch.randn(20, 5, dtype=F64)
+    assert_close([functional.dice(s, torch.ones(5, dtype=F64))], [s])
+
+
+def test_a_constant_channel_is_gated_by_one_half_and_has_finite_gradients():
+    s = torch.full((10, 3), 0.7, requires_grad=True)
+    alpha = torch.tensor([0.0, 0.2, -1.0], requires_grad=True)
+    output = functional.dice(s, alpha)
+    assert_close([output], [0.35 * (1 + alpha.detach()).expand(10, 3)], 1e-6)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(output.sum(), (s, alpha)))
+
+
+def test_a_batch_of_one_row_passes_no_gradient_through_the_gate():
+    s, alpha = leaf(1, 7, dtype=torch.float32), leaf(7, dtype=torch.float32)
+    (found,) = torch.autograd.grad(functional.dice(s, alpha).sum(), s)
+    assert_close([found], [0.5 + 0.5 * alpha.detach().unsqueeze(0)], 1e-6)
+
+
+def test_padding_counts_in_no_statistic_and_gets_zeros():
+    lengths = torch.tensor([3, 0, 5])
+    s, alpha = leaf(3, 5, 4), leaf(4)
+    poisoned = s.detach().clone()
+    for b, length in enumerate(lengths):
+        poisoned[b, length:] = torch.nan
+    poisoned.requires_grad_()
+    output = functional.dice(poisoned, alpha, lengths=lengths)
+    (grad,) = torch.autograd.grad(output.sum(), poisoned)
+    valid = torch.cat([s[b, :length] for b, length in enumerate(lengths)])
+    expected = functional.dice(valid, alpha)
+    assert_close([torch.cat([output[b, :length] for b, length in enumerate(lengths)])], [expected])
+    for b, length in enumerate(lengths):
+        assert (output[b, length:] == 0).all() and (grad[b, length:] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(9, 17), (4, 6, 9)])
+def test_any_strides_are_accepted(shape):
+    given = arguments(shape)
+    strided = {k: torch.stack([v, v], dim=-1)[..., 0] for k, v in given.items()}
+    assert not strided["input"].is_contiguous()
+    assert_close([functional.dice(**strided)], [functional.dice(**given)])
+    output = functional.dice(**given)
+    (expanded,) = torch.autograd.grad(output.sum(), given["input"], retain_graph=True)
+    (dense,) = torch.autograd.grad(output, given["input"], torch.ones_like(output))
+    assert_close([expanded], [dense])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_first_and_second_derivatives_agree_with_finite_differences(affine, training):
+    given = arguments((3, 4, 3), affine) | running(3)
+    lengths = torch.tensor([4, 0, 2])
+    names = list(given)[: 4 if affine else 2]
+
+    def f(*tensors: Tensor) -> Tensor:
+        averages = {} if training else running(3)
+        return functional.dice(
+            **dict(zip(names, tensors, strict=True)), **averages, training=training, eps=1e-2, lengths=lengths
+        )
+
+    inputs = [given[name] for name in names]
+    torch.autograd.gradcheck(f, inputs)
+    torch.autograd.gradgradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_operators_pass_opcheck(training):
+    given = arguments((4, 5, 7), dtype=torch.float32)
+    s, alpha, weight, bias = given.values()
+    mean, var = running(7, torch.float32).values()
+    fixed = (None, None) if training else (mean, var)
+    lengths = torch.tensor([5, 0, 3, 1])
+    torch.library.opcheck(torch.ops.dien_ops.dice.default, (s, alpha, *fixed, weight, bias, lengths, 1e-8))
+    torch.library.opcheck(torch.ops.dien_ops.dice.default, (s, alpha, *fixed, None, None, None, 1e-8))
+    backward = (
+        leaf(4, 5, 7, dtype=torch.float32),
+        s,
+        alpha,
+        mean,
+        var,
+        weight,
+        bias,
+        lengths,
+        training,
+        1e-3,
+    )
+    torch.library.opcheck(torch.ops.dien_ops.dice_backward.default, backward)
+
+
+def test_it_compiles_as_a_whole_with_dynamic_shapes():
+    module = dien_ops.Dice(6)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, steps in ((3, 4), (5, 7)):
+        s, lengths = leaf(batch, steps, 6, dtype=torch.float32), spread_lengths(batch, steps)
+        plain = dien_ops.Dice(6)
+        plain.load_state_dict(module.state_dict())
+        output, expected = compiled(s, lengths=lengths), plain(s, lengths=lengths)
+        assert_close([output, *gradients([output], [s])], [expected, *gradients([expected], [s])], 1e-6)
+        assert_close([module.running_mean, module.running_var], [plain.running_mean, plain.running_var], 1e-6)
+
+
+def test_it_exports():
+    module = dien_ops.Dice(6).eval()
+    rows = torch.export.Dim("rows", min=1)
+    program = torch.export.export(module, (torch.randn(5, 6),), dynamic_shapes={"input": {0: rows}})
+    s = torch.randn(9, 6)
+    assert_close([program.module()(s)], [module(s)])
+
+
+@pytest.mark.parametrize("shape", [(5000, 37), (100, 50, 20)])
+def test_the_number_of_threads_changes_no_bit(shape):
+    given = arguments(shape, dtype=torch.float32)
+    lengths = spread_lengths(*shape[:2]) if len(shape) == 3 else None
+
+    def run() -> list[Tensor]:
+        return results(functional, given, lengths=lengths)
+
+    for one, two in zip(with_threads(1, run), with_threads(2, run), strict=True):
+        assert torch.equal(one, two)
+
+
+# ------------------------------------------------------------------------------------------------------------- module
+
+
+def test_moving_averages_follow_batch_norm():
+    ours, theirs = dien_ops.Dice(5, momentum=0.3), nn.BatchNorm1d(5, momentum=0.3, affine=False)
+    for _ in range(3):
+        s = torch.randn(8, 5) * 2 + 1
+        ours(s), theirs(s)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)
+
+
+def test_it_is_dice_over_batch_norm():
+    ours, theirs = dien_ops.Dice(5, affine=True, dtype=F64), nn.BatchNorm1d(5, eps=1e-12, dtype=F64)
+    nn.init.uniform_(ours.alpha)
+    for module in (ours, theirs):
+        nn.init.constant_(module.weight, 0.7), nn.init.constant_(module.bias, -0.2)
+    for training in (True, False):
+        ours.train(training), theirs.train(training)
+        s = leaf(16, 5)
+        p = torch.sigmoid(theirs(s))
+        expected = p * s + (1 - p) * ours.alpha * s
+        output = ours(s)
+        assert_close([output, *gradients([output], [s])], [expected, *gradients([expected], [s])], 1e-7)
+
+
+def test_an_empty_batch_leaves_the_moving_averages_alone():
+    module = dien_ops.Dice(3)
+    module(torch.randn(0, 3)), module(torch.randn(2, 4, 3), lengths=torch.tensor([0, 0]))
+    assert (module.running_mean == 0).all() and (module.running_var == 1).all()
+
+
+def test_in_evaluation_a_row_does_not_depend_on_its_batch():
+    module = dien_ops.Dice(6)
+    module(torch.randn(50, 6) + 1)
+    module.eval()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    s = torch.randn(7, 6)
+    assert torch.equal(module(s)[3:4], module(s[3:4]))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_parameters_and_buffers_have_batch_norms_names():
+    assert list(dien_ops.Dice(4, affine=True).state_dict()) == [
+        "alpha", "weight", "bias", "running_mean", "running_var", "num_batches_tracked",
+    ]  # fmt: skip
+    assert [name for name, _ in dien_ops.Dice(4).named_parameters()] == ["alpha"]
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (TypeError, "input must be a Tensor, got list", {"input": [1.0]}),
+        (ValueError, r"input must be 2-D or 3-D, got 1-D of shape \[3\]", {"input": torch.zeros(3)}),
+        (ValueError, "input must be float32 or float64, got float16", {"input": torch.zeros(2, 3, dtype=torch.float16)}),
+        (ValueError, "alpha must have the dtype of input: expected torch.float32", {"alpha": torch.zeros(3, dtype=F64)}),
+        (RuntimeError, r"alpha must have shape \[3\] \[C\], got \[4\]", {"alpha": torch.zeros(4)}),
+        (RuntimeError, r"weight must have shape \[3\] \[C\], got \[1\]", {"weight": torch.ones(1)}),
+        (ValueError, "running_mean and running_var must be given together", {"running_mean": torch.zeros(3)}),
+        (ValueError, "running_mean and running_var are needed where training=False, got None", {"training": False}),
+        (ValueError, r"lengths need an input of shape \[B, T, C\]", {"lengths": torch.tensor([1, 1])}),
+        (ValueError, "lengths must be int32 or int64, got float32", {"input": torch.zeros(2, 4, 3), "lengths": torch.ones(2)}),
+        (RuntimeError, r"lengths must have shape \[2\] \[B\], got \[1\]", {"input": torch.zeros(2, 4, 3), "lengths": torch.tensor([1])}),
+        (RuntimeError, r"lengths must be in 0..4 \(T\), got 5 at row 1", {"input": torch.zeros(2, 4, 3), "lengths": torch.tensor([0, 5])}),
+        (RuntimeError, r"lengths must be in 0..4 \(T\), got -1 at row 0", {"input": torch.zeros(2, 4, 3), "lengths": torch.tensor([-1, 4])}),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_named(error, message, change):
+    with pytest.raises(error, match=message):
+        functional.dice(**({"input": torch.zeros(2, 3), "alpha": torch.zeros(3)} | change))
+
+
+def test_after_an_error_nothing_is_half_updated():
+    module = dien_ops.Dice(3)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(RuntimeError, match="lengths"):
+        module(torch.zeros(2, 4, 3), lengths=torch.tensor([0, 5]))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
