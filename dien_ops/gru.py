@@ -571,14 +571,20 @@ _SHAPES = """
 
 
 class AIGRU(_AttentionalGRU):
-    __doc__ = f"""GRU with attentional input (DIEN eq. 9): the GRU over a x.{_SHAPES}"""
+    __doc__ = f"""GRU with attentional input (DIEN eq. 9): the GRU over a x.{_SHAPES}
+    Example:
+        >>> aigru = dien_ops.AIGRU(36, 36, batch_first=True)
+        >>> output, h_n = aigru(torch.randn(8, 50, 36), torch.rand(8, 50))
+    """
     gate = "input"
 
 
 class AGRU(_AttentionalGRU):
-    __doc__ = (
-        f"""Attention based GRU (DIEN eq. 10): h' = (1 - a) h + a n, the score replaces the update gate.{_SHAPES}"""
-    )
+    __doc__ = f"""Attention based GRU (DIEN eq. 10): h' = (1 - a) h + a n, the score replaces the update gate.{_SHAPES}
+    Example:
+        >>> agru = dien_ops.AGRU(36, 36, batch_first=True)
+        >>> output, h_n = agru(torch.randn(8, 50, 36), torch.rand(8, 50))
+    """
     gate = "replace"
 
 

@@ -182,7 +182,7 @@ class MBASGD(_MBAOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float,
         *,
         l2: float = 0.01,
         counts: Tensor | None = None,
@@ -219,7 +219,7 @@ class MBAAdagrad(_MBAOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-2,
+        lr: float,
         *,
         l2: float = 0.01,
         counts: Tensor | None = None,
@@ -286,7 +286,7 @@ class MBAAdam(_MBAOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float,
         *,
         l2: float = 0.01,
         counts: Tensor | None = None,
