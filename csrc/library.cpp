@@ -18,15 +18,17 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
         "Tensor grad_bias_ih, Tensor grad_bias_hh)");
 
     // attention: softmax_t(h_t W e_a). projected: W e_a, for the backward
-    m.def("bilinear_attention(Tensor states, Tensor target, Tensor weight, Tensor? lengths) -> (Tensor scores, Tensor projected)");
+    m.def(
+        "bilinear_attention(Tensor states, Tensor target, Tensor weight, Tensor? lengths) -> (Tensor scores, Tensor "
+        "projected)");
     m.def(
         "bilinear_attention_backward(Tensor grad_scores, Tensor states, Tensor target, Tensor weight, Tensor projected, "
         "Tensor scores, Tensor? lengths) -> (Tensor grad_states, Tensor grad_target, Tensor grad_weight)");
 
-    // activation_unit: DIN's network over [q, k, q - k, q * k]. activation: sigmoid | prelu | dice. weights: one of each layer, the
-    // output layer last; alphas: one of each hidden layer, none for the sigmoid. running_means and running_vars: one of each
-    // hidden layer, or none for Dice with the batch's statistics. statistics [2, sum of hidden sizes]: the means and variances
-    // used. hidden: what the backward needs with batch statistics
+    // activation_unit: DIN's network over [q, k, q - k, q * k]. activation: sigmoid | prelu | dice. weights: one of each layer,
+    // the output layer last; alphas: one of each hidden layer, none for the sigmoid. running_means and running_vars: one of
+    // each hidden layer, or none for Dice with the batch's statistics. statistics [2, sum of hidden sizes]: the means and
+    // variances used. hidden: what the backward needs with batch statistics
     m.def(
         "local_activation_unit(Tensor query, Tensor keys, Tensor[] weights, Tensor[] biases, Tensor[] alphas, "
         "Tensor[] running_means, Tensor[] running_vars, Tensor? lengths, str activation, float eps, bool softmax) "
@@ -69,6 +71,5 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
         "auxiliary_logits_backward(Tensor grad_logits, Tensor states, Tensor positives, Tensor negatives, Tensor? lengths) "
         "-> (Tensor grad_states, Tensor grad_positives, Tensor grad_negatives)");
     m.def("auxiliary_loss(Tensor logits, Tensor? lengths, SymInt steps, str reduction) -> Tensor");
-    m.def(
-        "auxiliary_loss_backward(Tensor grad_loss, Tensor logits, Tensor? lengths, SymInt steps, str reduction) -> Tensor");
+    m.def("auxiliary_loss_backward(Tensor grad_loss, Tensor logits, Tensor? lengths, SymInt steps, str reduction) -> Tensor");
 }

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def _backward_fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, keys, weights, biases, alphas, running_means, running_vars, lengths, activation, eps, softmax = inputs
+    query, keys, weights, biases, alphas, running_means, _, lengths, activation, eps, softmax = inputs
     _, scores, statistics, hidden = output
     batch_statistics = activation == "dice" and not running_means
     ctx.set_materialize_grads(False)
@@ -93,9 +94,7 @@ def _backward(ctx: Any, grad_pooled: Tensor | None, grad_scores: Tensor | None, 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     grad_pooled, grad_scores, query, keys, weights, biases, alphas, statistics, _, _, lengths, *options = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        grad_pooled, grad_scores, query, keys, *weights, *biases, *alphas, statistics, lengths
-    )
+    ctx.save_for_backward(grad_pooled, grad_scores, query, keys, *weights, *biases, *alphas, statistics, lengths)
     ctx.counts, ctx.options = (len(weights), len(biases), len(alphas)), options
 
 
@@ -116,23 +115,20 @@ def _double_backward(
 
     def equations(query: Tensor, keys: Tensor, *parameters: Tensor) -> Sequence[Tensor]:
         (weights, biases, alphas), _ = _split(parameters, ctx.counts)
-        return reference.local_activation_unit(
+        pooled, scores = reference.local_activation_unit(
             query, keys, weights, biases, activation=activation, alphas=alphas,
             running_means=averages[0], running_vars=averages[1], training=batch_statistics, eps=eps,
             softmax=softmax, lengths=lengths, return_scores=True,
         )  # fmt: skip
+        return pooled, scores
 
     grad_grads = [for_query, for_keys, *for_weights, *for_biases, *for_alphas]
-    (for_pooled, for_scores), found = backward_of_backward(
-        equations, primals, [grad_pooled, grad_scores], grad_grads
-    )
+    (for_pooled, for_scores), found = backward_of_backward(equations, primals, [grad_pooled, grad_scores], grad_grads)
     parameters, _ = _split(found[2:], ctx.counts)
     return (for_pooled, for_scores, *found[:2], *parameters, *[None] * 8)
 
 
-torch.library.register_autograd(
-    "dien_ops::local_activation_unit", _backward, setup_context=_save_for_backward
-)
+torch.library.register_autograd("dien_ops::local_activation_unit", _backward, setup_context=_save_for_backward)
 torch.library.register_autograd(
     "dien_ops::local_activation_unit_backward", _double_backward, setup_context=_save_for_double_backward
 )
@@ -162,9 +158,9 @@ def local_activation_unit(
     .. math::
         v_U = \sum_t a(e_t, v_A) \, e_t
 
-    where a is a network over ``[q, k, q - k, q * k]`` with the query :math:`q = v_A` and the keys :math:`k = e_t`. That
-    input is never built: nothing of size ``[B, T, 4D]`` is written. Padding has score 0 and is in no sum and no statistic;
-    an empty history gives zeros.
+    where a is a network over ``[q, k, q - k, q * k]`` with the query :math:`q = v_A` and the keys :math:`k = e_t`.
+    That input is never built: nothing of size ``[B, T, 4D]`` is written. Padding has score 0 and is in no sum and no
+    statistic; an empty history gives zeros.
 
     Args:
         query: ``[B, D]``, or ``[B, C, D]`` for C targets per sequence; float32 or float64. Any strides.
@@ -186,8 +182,8 @@ def local_activation_unit(
         ``[B, C, T]``. Both are differentiable.
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument has the wrong type; rank, dtype, name or number of tensors; size,
-            device or value.
+        TypeError, ValueError, RuntimeError: an argument has the wrong type; rank, dtype, name or number of tensors;
+            size, device or value.
 
     Example:
         >>> q, k = torch.randn(8, 18), torch.randn(8, 50, 18)
@@ -211,9 +207,9 @@ def local_activation_unit(
     if dice and training and running_means:
         steps = lengths.sum() if lengths is not None else torch.full((), keys.shape[:2].numel())
         sizes = [weight.shape[0] for weight in weights[:-1]]
-        batch = [row.split(sizes) for row in statistics]
-        for mean, var, *used in zip(running_means, running_vars, *batch, strict=True):
-            update_running_statistics(mean, var, *used, steps * queries.shape[1], momentum)
+        means, variances = (row.split(sizes) for row in statistics)
+        for running_mean, running_var, mean, var in zip(running_means, running_vars, means, variances, strict=True):
+            update_running_statistics(running_mean, running_var, mean, var, steps * queries.shape[1], momentum)
     if not several:
         pooled, scores = pooled.squeeze(1), scores.squeeze(1)
     return (pooled, scores) if return_scores else pooled
@@ -236,7 +232,7 @@ def _check_arguments(
     _checks.tensor("query", query)
     _checks.matches("keys", keys, query=query)
     _checks.rank("query", query, 2, 3)
-    batch, steps, features = keys.shape
+    batch, _, features = keys.shape
     several = query.dim() == 3
     expected = [batch, query.shape[1], features] if several else [batch, features]
     _checks.shape("query", query, expected, "[B, C, D]" if several else "[B, D]")
@@ -284,8 +280,9 @@ class LocalActivationUnit(nn.Module):
     """:func:`dien_ops.functional.local_activation_unit` (DIN eq. 3) with its parameters.
 
     ``layers`` holds one :class:`torch.nn.Linear` per layer, so that weights of a composed model load as they are; the
-    first one takes ``[q, k, q - k, q * k]``. ``activations`` holds one :class:`torch.nn.Sigmoid`, :class:`torch.nn.PReLU`
-    or :class:`dien_ops.Dice` per hidden layer. Of several Dice, eps and momentum of the first count for all.
+    first one takes ``[q, k, q - k, q * k]``. ``activations`` holds one :class:`torch.nn.Sigmoid`,
+    :class:`torch.nn.PReLU` or :class:`dien_ops.Dice` per hidden layer. Of several Dice, eps and momentum of the first
+    count for all.
 
     The defaults are the released code's network, 80-40-1 with sigmoids, without its softmax, as in the paper.
 
@@ -316,46 +313,40 @@ class LocalActivationUnit(nn.Module):
         self.activation, self.softmax = activation, softmax
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes = [4 * embedding_dim, *hidden_sizes, 1]
-        self.layers = nn.ModuleList(
-            nn.Linear(inputs, outputs, **factory) for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True)
-        )
-        self.activations = nn.ModuleList(
-            {
-                "sigmoid": lambda: nn.Sigmoid(),
-                "prelu": lambda size=size: nn.PReLU(size, **factory),
-                "dice": lambda size=size: Dice(size, **factory),
-            }[activation]()
-            for size in hidden_sizes
-        )
+        self.layers = nn.ModuleList(nn.Linear(inputs, outputs, **factory) for inputs, outputs in pairwise(sizes))
+        modules: dict[str, Callable[[int], nn.Module]] = {
+            "sigmoid": lambda _: nn.Sigmoid(),
+            "prelu": lambda size: nn.PReLU(size, **factory),
+            "dice": lambda size: Dice(size, **factory),
+        }
+        self.activations = nn.ModuleList(modules[activation](size) for size in hidden_sizes)
 
     def forward(
         self, query: Tensor, keys: Tensor, *, lengths: Tensor | None = None, return_scores: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Args: query ``[B, D]`` or ``[B, C, D]``, keys ``[B, T, D]``, lengths ``[B]``. Returns pooled ``[B, D]`` or
         ``[B, C, D]``, and where asked for the scores ``[B, T]`` or ``[B, C, T]``."""
-        options: dict[str, Any] = {}
-        if self.activation == "prelu":
-            options["alphas"] = [x.weight for x in self.activations]
-        if self.activation == "dice":
-            options["alphas"] = [x.alpha for x in self.activations]
-            options["running_means"] = [x.running_mean for x in self.activations]
-            options["running_vars"] = [x.running_var for x in self.activations]
-            for first in self.activations[:1]:
-                options |= {"eps": first.eps, "momentum": first.momentum}
+        prelus = [x for x in self.activations if isinstance(x, nn.PReLU)]
+        dices = [x for x in self.activations if isinstance(x, Dice)]
+        options = {"eps": dices[0].eps, "momentum": dices[0].momentum} if dices else {}
+        layers = [x for x in self.layers if isinstance(x, nn.Linear)]
         result = local_activation_unit(
             query,
             keys,
-            [x.weight for x in self.layers],
-            [x.bias for x in self.layers],
+            [x.weight for x in layers],
+            [x.bias for x in layers],
             activation=self.activation,
+            alphas=[x.weight for x in prelus] + [x.alpha for x in dices],
+            running_means=[x.running_mean for x in dices],
+            running_vars=[x.running_var for x in dices],
             training=self.training,
             softmax=self.softmax,
             lengths=lengths,
             return_scores=return_scores,
             **options,
         )
-        if self.training and self.activation == "dice":
-            for x in self.activations:
+        if self.training:
+            for x in dices:
                 x.num_batches_tracked.add_(1)
         return result
 

@@ -63,9 +63,7 @@ def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
     def equations(states: Tensor, target: Tensor, weight: Tensor) -> Sequence[Tensor]:
         return (reference.bilinear_attention(states, target, weight, lengths=lengths),)
 
-    (for_scores,), for_inputs = backward_of_backward(
-        equations, (states, target, weight), (grad_scores,), grad_grads
-    )
+    (for_scores,), for_inputs = backward_of_backward(equations, (states, target, weight), (grad_scores,), grad_grads)
     return for_scores, *for_inputs, None, None, None
 
 
@@ -77,9 +75,7 @@ torch.library.register_autograd(
 # ------------------------------------------------------------------------------------------------- functional
 
 
-def bilinear_attention(
-    states: Tensor, target: Tensor, weight: Tensor, *, lengths: Tensor | None = None
-) -> Tensor:
+def bilinear_attention(states: Tensor, target: Tensor, weight: Tensor, *, lengths: Tensor | None = None) -> Tensor:
     """How much each step of a sequence matters to a target (DIEN eq. 8): ``a_t = softmax_t(h_t W e_a)``.
 
     The softmax runs over the valid steps of each sequence. Padding scores exactly 0, and so does an empty sequence.
@@ -111,12 +107,11 @@ def bilinear_attention(
     _checks.rank("weight", weight, 2)
     _checks.shape("weight", weight, [states.size(2), target.size(-1)], "[H, A]")
     if target.size(0) != states.size(0):
-        raise RuntimeError(
-            f"target must have the batch size of states, {states.size(0)}, got {target.size(0)}"
-        )
+        raise RuntimeError(f"target must have the batch size of states, {states.size(0)}, got {target.size(0)}")
     _checks.lengths(lengths, states.size(0), states.device)
     several = target.dim() == 3
     targets = target if several else target.unsqueeze(1)
+    scores: Tensor
     scores, _ = torch.ops.dien_ops.bilinear_attention(states, targets, weight, lengths)
     return scores if several else scores.squeeze(1)
 
@@ -127,8 +122,8 @@ def bilinear_attention(
 class BilinearAttention(nn.Module):
     """:func:`dien_ops.functional.bilinear_attention` (DIEN eq. 8) with its parameter ``weight`` [H, A].
 
-    The weight starts uniform with variance ``1 / (H A)``: for states and targets of unit variance the logits then have unit
-    variance, so that the softmax starts neither flat nor saturated. The paper does not say how it starts.
+    The weight starts uniform with variance ``1 / (H A)``: for states and targets of unit variance the logits then
+    have unit variance, so that the softmax starts neither flat nor saturated. The paper does not say how it starts.
 
     Args:
         hidden_size: H, the size of the states.
@@ -153,7 +148,7 @@ class BilinearAttention(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, states: Tensor, target: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        """Args: states ``[B, T, H]``; target ``[B, A]`` or ``[B, C, A]``. Returns scores ``[B, T]`` or ``[B, C, T]``."""
+        """Args: states ``[B, T, H]``; target ``[B, A]`` or ``[B, C, A]``. Returns ``[B, T]`` or ``[B, C, T]``."""
         return bilinear_attention(states, target, self.weight, lengths=lengths)
 
     def extra_repr(self) -> str:

@@ -82,15 +82,13 @@ def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 
 def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_output, input, alpha, mean, var, weight, bias, lengths = ctx.saved_tensors
-    statistics = (None, None) if ctx.batch_statistics else (mean, var)
+    training = ctx.batch_statistics
 
-    def equations(
-        input: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Sequence[Tensor]:
-        training = ctx.batch_statistics
+    def equations(input: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Sequence[Tensor]:
+        used_mean, used_var = (None, None) if training else (mean, var)
         return (
             reference.dice(
-                input, alpha, *statistics, weight, bias, training=training, eps=ctx.eps, lengths=lengths
+                input, alpha, used_mean, used_var, weight, bias, training=training, eps=ctx.eps, lengths=lengths
             ),
         )
 
@@ -101,9 +99,7 @@ def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
 
 
 torch.library.register_autograd("dien_ops::dice", _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    "dien_ops::dice_backward", _double_backward, setup_context=_backward_setup_context
-)
+torch.library.register_autograd("dien_ops::dice_backward", _double_backward, setup_context=_backward_setup_context)
 
 # ------------------------------------------------------------------------------------------------- functional
 
@@ -121,12 +117,13 @@ def dice(
     eps: float = 1e-8,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Dice (DIN eq. 9): ``f(s) = p s + (1 - p) alpha s`` with ``p = sigmoid(weight (s - E) / (sqrt(Var) + eps) + bias)``.
+    """Dice (DIN eq. 9): ``f(s) = p s + (1 - p) alpha s``, ``p = sigmoid(weight (s - E) / (sqrt(Var) + eps) + bias)``.
 
     With ``training=True``, E and Var are the mean and the biased variance of each channel over the batch, the gradient
-    flows through them, and the moving averages, where given, are updated in place as :func:`torch.nn.functional.batch_norm`
-    does: ``running = (1 - momentum) running + momentum batch``, with the unbiased variance. With ``training=False``, E and
-    Var are the moving averages. Steps behind a sequence's length count in no statistic; their output and gradient are 0.
+    flows through them, and the moving averages, where given, are updated in place as by
+    :func:`torch.nn.functional.batch_norm`: ``running = (1 - momentum) running + momentum batch``, with the unbiased
+    variance. With ``training=False``, E and Var are the moving averages. Steps behind a sequence's length count in no
+    statistic; their output and gradient are 0.
 
     Args:
         input: ``[N, C]``, or ``[B, T, C]`` with C channels last; float32 or float64. Any strides.
@@ -147,6 +144,7 @@ def dice(
         >>> y = dien_ops.functional.dice(s, alpha=torch.zeros(80))
     """
     _check_arguments(input, alpha, running_mean, running_var, weight, bias, lengths)
+    output: Tensor
     if training:
         output, mean, var = torch.ops.dien_ops.dice(input, alpha, None, None, weight, bias, lengths, eps)
         if running_mean is not None and running_var is not None:
@@ -156,14 +154,15 @@ def dice(
     if running_mean is None or running_var is None:
         raise ValueError("running_mean and running_var are needed where training=False, got None")
     mean, var = running_mean.to(input.dtype), running_var.to(input.dtype)
-    return torch.ops.dien_ops.dice(input, alpha, mean, var, weight, bias, lengths, eps)[0]
+    output, _, _ = torch.ops.dien_ops.dice(input, alpha, mean, var, weight, bias, lengths, eps)
+    return output
 
 
 @torch.no_grad()
 def update_running_statistics(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, momentum: float
 ) -> None:
-    """Moves the averages towards a batch's mean and biased variance over `count` values; an empty batch moves nothing."""
+    """Moves the averages to a batch's mean and biased variance over `count` values; an empty batch moves nothing."""
     n = count.to(var.dtype)
     unbiased = var * (n / (n - 1).clamp(min=1))
     for running, batch in ((running_mean, mean), (running_var, unbiased)):
@@ -207,10 +206,10 @@ def _check_arguments(
 class Dice(nn.Module):
     """The activation :func:`dien_ops.functional.dice` (DIN eq. 9) with its parameters and moving averages.
 
-    In training mode the statistics are the batch's, in evaluation mode the moving averages: what a row is scored then does
-    not depend on the rest of its batch. Parameter ``alpha`` [C] starts at 0; ``weight`` [C] and ``bias`` [C] exist with
-    ``affine=True`` and start at 1 and 0. Buffers ``running_mean`` (0), ``running_var`` (1) and ``num_batches_tracked`` are
-    those of :class:`torch.nn.BatchNorm1d`.
+    In training mode the statistics are the batch's, in evaluation mode the moving averages: what a row is scored then
+    does not depend on the rest of its batch. Parameter ``alpha`` [C] starts at 0; ``weight`` [C] and ``bias`` [C]
+    exist with ``affine=True`` and start at 1 and 0. Buffers ``running_mean`` (0), ``running_var`` (1) and
+    ``num_batches_tracked`` are those of :class:`torch.nn.BatchNorm1d`.
 
     Args:
         num_features: C, the size of the last axis.
@@ -224,6 +223,8 @@ class Dice(nn.Module):
         >>> y = activation(torch.randn(32, 50, 80), lengths=torch.randint(0, 51, (32,)))
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -241,12 +242,8 @@ class Dice(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.num_features, self.eps, self.momentum, self.affine = num_features, eps, momentum, affine
         self.alpha = nn.Parameter(torch.empty(num_features, **factory))
-        self.register_parameter(
-            "weight", nn.Parameter(torch.empty(num_features, **factory)) if affine else None
-        )
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(num_features, **factory)) if affine else None
-        )
+        self.register_parameter("weight", nn.Parameter(torch.empty(num_features, **factory)) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.empty(num_features, **factory)) if affine else None)
         self.register_buffer("running_mean", torch.empty(num_features, **factory))
         self.register_buffer("running_var", torch.empty(num_features, **factory))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
@@ -254,8 +251,9 @@ class Dice(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.alpha)
-        if self.affine:
+        if self.weight is not None:
             nn.init.ones_(self.weight)
+        if self.bias is not None:
             nn.init.zeros_(self.bias)
         self.running_mean.zero_()
         self.running_var.fill_(1)

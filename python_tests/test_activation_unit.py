@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import dien_ops
+from dien_ops import functional, reference
 from helpers import (
     assert_at_most_twice_torchs_error,
     assert_close,
@@ -15,10 +20,6 @@ from helpers import (
     spread_lengths,
     with_threads,
 )
-from torch import Tensor, nn
-
-import dien_ops
-from dien_ops import functional, reference
 
 ACTIVATIONS = ["sigmoid", "prelu", "dice"]
 # B, C (None: one target without an axis of its own), T, D, hidden sizes
@@ -37,7 +38,7 @@ class Case:
         widths = [4 * D, *hidden, 1]
         self.query = leaf(B, *([] if C is None else [C]), D, dtype=dtype)
         self.keys = leaf(B, T, D, dtype=dtype)
-        self.weights = [leaf(o, i, dtype=dtype) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+        self.weights = [leaf(o, i, dtype=dtype) for i, o in pairwise(widths)]
         self.biases = [leaf(o, dtype=dtype) for o in widths[1:]]
         self.alphas = [leaf(h, dtype=dtype) for h in hidden] if activation != "sigmoid" else []
         dice = activation == "dice"
@@ -71,7 +72,11 @@ class Case:
         """Outputs, all gradients, and the moving averages after one call that starts from this case's."""
         averages = {n: [x.clone() for x in getattr(self, n)] for n in ("running_means", "running_vars")}
         outputs = self.call(module, **averages)
-        return [*(x.detach() for x in outputs), *gradients(outputs, self.inputs), *sum(averages.values(), [])]
+        return [
+            *(x.detach() for x in outputs),
+            *gradients(outputs, self.inputs),
+            *[x for xs in averages.values() for x in xs],
+        ]
 
 
 @pytest.mark.parametrize("with_lengths", [False, True])
@@ -90,13 +95,13 @@ def test_outputs_gradients_and_moving_averages_are_those_of_the_equations(
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_float32_errs_no_more_than_twice_as_torch_does(activation, training, softmax):
-    exact = Case((40, None, 50, 36, (80, 40)), activation, training=training, softmax=softmax)
-    for x in exact.weights:
-        x.data /= x.shape[1] ** 0.5
-    single = exact.to(torch.float32)
-    assert_at_most_twice_torchs_error(
-        single.results(functional), single.results(reference), exact.results(reference)
-    )
+    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        single = Case((20, None, 50, 36, (80, 40)), activation, torch.float32, training=training, softmax=softmax)
+        for x in single.weights:
+            x.data /= x.shape[1] ** 0.5
+        return single.results(functional), single.results(reference), single.to(F64).results(reference)
+
+    assert_at_most_twice_torchs_error(draw() for _ in range(3))
 
 
 def test_hand_worked_values():
@@ -170,7 +175,9 @@ def test_any_strides_are_accepted():
 
 
 @pytest.mark.parametrize("softmax", [False, True])
-@pytest.mark.parametrize(("activation", "training"), [("sigmoid", True), ("prelu", True), ("dice", True), ("dice", False)])
+@pytest.mark.parametrize(
+    ("activation", "training"), [("sigmoid", True), ("prelu", True), ("dice", True), ("dice", False)]
+)
 def test_first_and_second_derivatives_agree_with_finite_differences(activation, training, softmax):
     case = Case((2, 2, 2, 1, (2, 1)), activation, training=training, softmax=softmax)
     averages = {} if not training else {"running_means": [], "running_vars": []}
@@ -238,9 +245,8 @@ def test_the_module_computes_what_its_submodules_do(activation, softmax, trainin
     found, expected = unit(query, keys), composed(twin, query, keys)
     assert_close([found], [expected])
     inputs = [query, keys]
-    assert_close(
-        gradients([found], [*inputs, *unit.parameters()]), gradients([expected], [*inputs, *twin.parameters()]), 1e-11
-    )
+    found_gradients = gradients([found], [*inputs, *unit.parameters()])
+    assert_close(found_gradients, gradients([expected], [*inputs, *twin.parameters()]), 1e-11)
     for name, value in twin.state_dict().items():
         torch.testing.assert_close(unit.state_dict()[name], value)
 
@@ -291,6 +297,7 @@ def test_it_exports(activation):
 
 W = [torch.zeros(5, 12), torch.zeros(1, 5)]
 B = [torch.zeros(5), torch.zeros(1)]
+DICE = {"activation": "dice", "alphas": B[:1]}
 
 
 @pytest.mark.parametrize(
@@ -300,19 +307,19 @@ B = [torch.zeros(5), torch.zeros(1)]
         (ValueError, r"keys must be 3-D, got 2-D of shape \[4, 3\]", {"keys": torch.zeros(4, 3)}),
         (ValueError, "query must have the dtype of keys", {"query": torch.zeros(2, 3, dtype=F64)}),
         (RuntimeError, r"query must have shape \[2, 3\] \[B, D\], got \[2, 4\]", {"query": torch.zeros(2, 4)}),
-        (RuntimeError, r"query must have shape \[2, 7, 3\] \[B, C, D\], got \[1, 7, 3\]", {"query": torch.zeros(1, 7, 3)}),
+        (RuntimeError, r"query must have shape \[2, 7, 3\] \[B, C, D\]", {"query": torch.zeros(1, 7, 3)}),
         (ValueError, "activation must be one of 'sigmoid', 'prelu', 'dice', got 'relu'", {"activation": "relu"}),
         (ValueError, "weights must have at least one tensor", {"weights": [], "biases": []}),
-        (ValueError, "biases must have 2 tensors with 2 weights and activation='sigmoid', got 1", {"biases": B[:1]}),
-        (ValueError, "alphas must have 1 tensors with 2 weights and activation='prelu', got 0", {"activation": "prelu"}),
-        (ValueError, "alphas must have 0 tensors with 2 weights and activation='sigmoid', got 1", {"alphas": B[:1]}),
-        (RuntimeError, r"weights\[0\] must have shape \[5, 12\] \[outputs, inputs\], got \[5, 3\]", {"weights": [torch.zeros(5, 3), W[1]]}),
-        (RuntimeError, r"weights\[1\] must have shape \[1, 5\] \[outputs, inputs\], got \[2, 5\]", {"weights": [W[0], torch.zeros(2, 5)]}),
+        (ValueError, "biases must have 2 tensors with 2 weights .*, got 1", {"biases": B[:1]}),
+        (ValueError, "alphas must have 1 tensors .* activation='prelu', got 0", {"activation": "prelu"}),
+        (ValueError, "alphas must have 0 tensors .* activation='sigmoid', got 1", {"alphas": B[:1]}),
+        (RuntimeError, r"weights.0. must have shape \[1, 12\] .*, got \[1, 5\]", {"weights": [W[1], W[1]]}),
+        (RuntimeError, r"weights.1. must have shape \[1, 5\] .*, got \[5, 12\]", {"weights": [W[0], W[0]]}),
         (RuntimeError, r"biases\[0\] must have shape \[5\] \[outputs\], got \[1\]", {"biases": [B[1], B[1]]}),
         (ValueError, r"biases\[1\] must have the dtype of keys", {"biases": [B[0], B[1].double()]}),
         (RuntimeError, r"alphas\[0\] must have shape \[5\]", {"alphas": B[1:], "activation": "prelu"}),
-        (ValueError, "running_vars must have 1 tensors", {"activation": "dice", "alphas": B[:1], "running_means": B[:1]}),
-        (ValueError, "running_means and running_vars are needed where training=False", {"activation": "dice", "alphas": B[:1], "training": False}),
+        (ValueError, "running_vars must have 1 tensors", DICE | {"running_means": B[:1]}),
+        (ValueError, "running_means and running_vars are needed", DICE | {"training": False}),
         (RuntimeError, r"lengths must be in 0..4 \(T\), got 5 at row 1", {"lengths": torch.tensor([0, 5])}),
     ],
 )  # fmt: skip

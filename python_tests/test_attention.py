@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
+import dien_ops
+from dien_ops import functional, reference
 from helpers import (
     assert_at_most_twice_torchs_error,
     assert_close,
@@ -13,10 +17,6 @@ from helpers import (
     spread_lengths,
     with_threads,
 )
-from torch import Tensor
-
-import dien_ops
-from dien_ops import functional, reference
 
 # B, C (None: one target without an axis of its own), T, H, A
 SIZES = [
@@ -50,11 +50,14 @@ def test_scores_and_gradients_are_those_of_the_equation(sizes, with_lengths):
 
 @pytest.mark.parametrize("sizes", [(30, None, 50, 36, 18), (4, 20, 50, 64, 64)])
 def test_float32_errs_no_more_than_twice_as_torch_does(sizes):
-    exact = arguments(sizes)
-    single = [x.detach().float().requires_grad_() for x in exact]
     lengths = spread_lengths(sizes[0], sizes[2])
-    kernel, plain = results(functional, single, lengths), results(reference, single, lengths)
-    assert_at_most_twice_torchs_error(kernel, plain, results(reference, exact, lengths))
+
+    def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        single = arguments(sizes, torch.float32)
+        exact = [x.detach().double().requires_grad_() for x in single]
+        return tuple(results(m, x, lengths) for m, x in ((functional, single), (reference, single), (reference, exact)))
+
+    assert_at_most_twice_torchs_error(draw() for _ in range(3))
 
 
 def test_hand_worked_scores():
@@ -176,18 +179,21 @@ def test_logits_of_a_new_module_have_unit_variance():
     assert logits.var().item() == pytest.approx(1, rel=0.15)
 
 
+INTEGERS, DOUBLES = torch.zeros(2, 4, 3, dtype=torch.long), torch.zeros(3, 5, dtype=F64)
+
+
 @pytest.mark.parametrize(
     ("error", "message", "change"),
     [
         (TypeError, "target must be a Tensor, got NoneType", {"target": None}),
         (ValueError, r"states must be 3-D, got 2-D of shape \[4, 3\]", {"states": torch.zeros(4, 3)}),
-        (ValueError, "states must be float32 or float64, got int64", {"states": torch.zeros(2, 4, 3, dtype=torch.long)}),
-        (ValueError, "weight must have the dtype of states: expected torch.float32", {"weight": torch.zeros(3, 5, dtype=F64)}),
+        (ValueError, "states must be float32 or float64, got int64", {"states": INTEGERS}),
+        (ValueError, "weight must have the dtype of states: expected torch.float32", {"weight": DOUBLES}),
         (ValueError, r"target must be 2-D or 3-D, got 1-D of shape \[5\]", {"target": torch.zeros(5)}),
         (ValueError, r"weight must be 2-D, got 1-D of shape \[3\]", {"weight": torch.zeros(3)}),
         (RuntimeError, r"weight must have shape \[3, 5\] \[H, A\], got \[5, 3\]", {"weight": torch.zeros(5, 3)}),
         (RuntimeError, "target must have the batch size of states, 2, got 3", {"target": torch.zeros(3, 5)}),
-        (RuntimeError, r"lengths must have shape \[2\] \[B\], got \[3\]", {"lengths": torch.zeros(3, dtype=torch.long)}),
+        (RuntimeError, r"lengths must have shape \[2\] \[B\], got \[3\]", {"lengths": INTEGERS[0, :3, 0]}),
         (RuntimeError, r"lengths must be in 0..4 \(T\), got 5 at row 1", {"lengths": torch.tensor([0, 5])}),
     ],
 )  # fmt: skip

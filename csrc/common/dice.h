@@ -22,8 +22,8 @@ DIEN_OPS_HOST_DEVICE V dice_slope_of_alpha(V s, V p) {
     return s * (V(1) - p);
 }
 
-// The gradient of weight x + bias, from g, that of f. Ends in a subtraction, not in a product: a multiply-add then rounds it the
-// same wherever it is used, so that subtracting a mean of equal values leaves 0, which 1 / eps multiplies where Var is 0.
+// The gradient of weight x + bias, from g, that of f. Ends in a subtraction, not in a product: a multiply-add then rounds it
+// the same wherever it is used, so that subtracting a mean of equal values leaves 0, which 1 / eps multiplies where Var is 0.
 template <typename V>
 DIEN_OPS_HOST_DEVICE V dice_logit_gradient(V g, V s, V p, V alpha) {
     const V q = g * s * (V(1) - alpha) * p;

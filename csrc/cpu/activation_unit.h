@@ -2,8 +2,9 @@
 // The local activation unit (DIN eq. 3) on the CPU: contracts. Design: activation_unit_forward.cpp and
 // activation_unit_backward.cpp.
 //
-// Rows are the valid steps of the valid (sequence, target) pairs, pair by pair; padding has no row. Tiles are runs of whole pairs,
-// partitions are runs of whole sequences and of whole tiles. Callers fill a struct, run unit_prepare, and then the stages:
+// Rows are the valid steps of the valid (sequence, target) pairs, pair by pair; padding has no row. Tiles are runs of whole
+// pairs, partitions are runs of whole sequences and of whole tiles. Callers fill a struct, run unit_prepare, and then the
+// stages:
 //
 //   forward   0, 1, .., L       stage l < L computes hidden layer l, stage L the scores and the pooled vector
 //   backward  L, L - 1, .., 0   stage L takes the gradient back to hidden layer L - 1, stage l < L through hidden layer l
@@ -71,12 +72,12 @@ struct UnitProblem {
     const T* output_weight;        // [width of the last hidden layer], 0 where padded; null where L = 0
     T output_bias;                 // 0 where L = 0
 
-    const UnitPair* pairs;     // those with rows, in order
-    const int64_t* tiles;      // [tiles + 1]: the first pair of each tile
+    const UnitPair* pairs;  // those with rows, in order
+    const int64_t* tiles;   // [tiles + 1]: the first pair of each tile
     int64_t tile_count, row_count;
     int64_t most_tile_rows, most_tile_pairs;
-    int64_t total_width;       // of all layers
-    T* hidden;                 // with batch statistics: [hidden_rows] rows of each layer, before the activation; else null
+    int64_t total_width;  // of all layers
+    T* hidden;            // with batch statistics: [hidden_rows] rows of each layer, before the activation; else null
     int64_t hidden_rows;
 };
 
@@ -99,24 +100,25 @@ void unit_statistics(const UnitForward<T>& p, int64_t layer);
 
 template <typename T>
 struct UnitBackward : UnitProblem<T> {
-    const T* scores;              // [B, C, T], the forward's
-    const T* grad_pooled;         // [B, C, D] or null (zeros)
-    const T* grad_scores;         // [B, C, T] or null (zeros)
-    const int64_t* partitions;    // [partitions + 1]: the first tile of each partition
+    const T* scores;            // [B, C, T], the forward's
+    const T* grad_pooled;       // [B, C, D] or null (zeros)
+    const T* grad_scores;       // [B, C, T] or null (zeros)
+    const int64_t* partitions;  // [partitions + 1]: the first tile of each partition
     int64_t partition_count;
-    T* hidden_gradient;           // as hidden, with batch statistics; else null
-    T* shares;                    // [partitions, share_size], zeros: each partition's share of the parameters' gradients
+    T* hidden_gradient;  // as hidden, with batch statistics; else null
+    T* shares;           // [partitions, share_size], zeros: each partition's share of the parameters' gradients
     int64_t share_size;
-    double* sums;                 // [partitions, 4 * total_width + 1], zeros: of each layer [4, width], three sums of Dice, the
-                                  // first of which is alpha's gradient, and the bias's gradient; then that of the output's bias
-    int64_t output_gradient;      // where the output weight's gradient [width of the last hidden layer] lies in a share
-    T* grad_query;                // [B, C, D], zeros
-    T* grad_keys;                 // [B, T, D], zeros
+    double* sums;             // [partitions, 4 * total_width + 1], zeros: of each layer [4, width], three sums of Dice, the
+                              // first of which is alpha's gradient, and the bias's gradient; then that of the output's bias
+    int64_t output_gradient;  // where the output weight's gradient [width of the last hidden layer] lies in a share
+    T* grad_query;            // [B, C, D], zeros
+    T* grad_keys;             // [B, T, D], zeros
 };
 
 // Stages first_stage, first_stage - 1, .., last_stage.
 template <Capability kTarget, typename T>
-void unit_backward(const UnitBackward<T>& p, int64_t first_stage, int64_t last_stage, int64_t partition_begin, int64_t partition_end);
+void unit_backward(const UnitBackward<T>& p, int64_t first_stage, int64_t last_stage, int64_t partition_begin,
+                   int64_t partition_end);
 // Adds up a layer's three sums of Dice, into the first partition's, and with batch statistics fills its feedback.
 template <Capability kTarget, typename T>
 void unit_feedback(const UnitBackward<T>& p, int64_t layer);

@@ -2,16 +2,17 @@
 // The local activation unit's backward. Contracts: activation_unit.h. What is computed, and in which tiles: see
 // activation_unit_forward.cpp.
 //
-// A tile's hidden values are computed anew (or, with Dice's batch statistics, read), then its gradients go down through the layers.
-// The first layer's folded matrix M = W_k - W_d + W_p diag(q) is a function of the query; with G = sum over t of k_t g_t^T, the
-// gradient of M for one pair,
+// A tile's hidden values are computed anew (or, with Dice's batch statistics, read), then its gradients go down through the
+// layers. The first layer's folded matrix M = W_k - W_d + W_p diag(q) is a function of the query; with G = sum over t of k_t
+// g_t^T, the gradient of M for one pair,
 //     grad (W_k - W_d) += G     grad W_p += G diag(q)     grad q = the diagonal of W_p^T G     grad k_t = M^T g_t
-// and q's other share comes through (W_q + W_d) q. W_d's gradient is that of the first block less that of the second; the caller
-// takes the difference.
+// and q's other share comes through (W_q + W_d) q. W_d's gradient is that of the first block less that of the second; the
+// caller takes the difference.
 //
-// A thread works on partitions: all tiles of some consecutive sequences, so that the targets of a sequence, which share its keys,
-// add to the keys' gradient one after the other. Each partition has its own share of the parameters' gradients. Partitions
-// depend on lengths and shapes alone and the shares are summed in their order, so that the bits do not depend on the threads.
+// A thread works on partitions: all tiles of some consecutive sequences, so that the targets of a sequence, which share its
+// keys, add to the keys' gradient one after the other. Each partition has its own share of the parameters' gradients.
+// Partitions depend on lengths and shapes alone and the shares are summed in their order, so that the bits do not depend on the
+// threads.
 #include "cpu/activation_unit_rows.h"
 #include "cpu/attention_rows.h"
 
@@ -164,9 +165,8 @@ class UnitGradient {
     // From the gradient g [rows, width] of the layer's values before the activation, or of sums over some of these.
     void add_bias_gradient(int64_t layer, const T* g, int64_t rows) {
         const int64_t W = p_.layers[layer].matrix.width;
-        add_column_sums<1, 4, T>(rows, W, sums(layer) + 3 * W, [&](int64_t r, int64_t c, int64_t, Vec<T>* terms) {
-            terms[0] = Vec<T>::load(g + r * W + c);
-        });
+        add_column_sums<1, 4, T>(rows, W, sums(layer) + 3 * W,
+                                 [&](int64_t r, int64_t c, int64_t, Vec<T>* terms) { terms[0] = Vec<T>::load(g + r * W + c); });
     }
 
     void through_first_layer() {

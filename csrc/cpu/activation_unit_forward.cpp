@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// The local activation unit (DIN eq. 3): v_U = sum over t of a(e_t, v_A) e_t, where a is a small network over the query q = v_A and
-// the key k = e_t. Contracts: activation_unit.h. Backward: activation_unit_backward.cpp.
+// The local activation unit (DIN eq. 3): v_U = sum over t of a(e_t, v_A) e_t, where a is a small network over the query q = v_A
+// and the key k = e_t. Contracts: activation_unit.h. Backward: activation_unit_backward.cpp.
 //
 // The network's input [q, k, q - k, q * k] is never built. With the first weight split into its four blocks,
 //     W [q, k, q - k, q * k] = (W_q + W_d) q + (W_k - W_d + W_p diag(q)) k,
 // so each pair of a sequence and a target folds its q into one D x H matrix, and its T keys pass through that: a quarter of the
 // multiplications of the plain form, and nothing of size [B, T, 4 D] is written.
 //
-// Work is cut into tiles: whole pairs, about 64 rows (valid steps). All layers of a tile follow each other while its hidden values
-// lie in the thread's second cache, and only scores and pooled vectors go to memory. The backward computes them anew: that takes
-// less time than to fetch them again, and no memory. Dice with batch statistics needs every row of a layer before the
-// next can start; then, and only then, the values before each activation are kept, for the whole batch.
+// Work is cut into tiles: whole pairs, about 64 rows (valid steps). All layers of a tile follow each other while its hidden
+// values lie in the thread's second cache, and only scores and pooled vectors go to memory. The backward computes them anew:
+// that takes less time than to fetch them again, and no memory. Dice with batch statistics needs every row of a layer before
+// the next can start; then, and only then, the values before each activation are kept, for the whole batch.
 //
 // Hidden values have rows padded with zeros to whole vectors. Columns of weights that stand for padding are 0.
 #include "cpu/activation_unit_rows.h"
@@ -124,9 +124,9 @@ void unit_statistics(const UnitForward<T>& p, int64_t layer) {
     }
 }
 
-#define DIEN_OPS_INSTANTIATE(T)                                                                                  \
-    template void unit_prepare<kCapability, T>(const UnitProblem<T>&);                                           \
-    template void unit_forward<kCapability, T>(const UnitForward<T>&, int64_t, int64_t, int64_t, int64_t);       \
+#define DIEN_OPS_INSTANTIATE(T)                                                                            \
+    template void unit_prepare<kCapability, T>(const UnitProblem<T>&);                                     \
+    template void unit_forward<kCapability, T>(const UnitForward<T>&, int64_t, int64_t, int64_t, int64_t); \
     template void unit_statistics<kCapability, T>(const UnitForward<T>&, int64_t);
 DIEN_OPS_INSTANTIATE(float)
 DIEN_OPS_INSTANTIATE(double)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the activation unit's forward and backward share: the layers over the rows of one tile. Design: activation_unit_forward.cpp.
+// What the activation unit's forward and backward share: the layers over the rows of one tile. Design:
+// activation_unit_forward.cpp.
 #pragma once
 
 #include <cstring>
@@ -46,7 +47,8 @@ class UnitTile {
         const UnitPair& last = pair(pairs_ - 1);
         rows_ = last.first_row + last.rows - pair(0).first_row;
         for (int64_t i = 0; i < pairs_; ++i) {
-            std::memcpy(queries_ + i * p_.embedding_dim, p_.query + pair(i).pair * p_.embedding_dim, p_.embedding_dim * sizeof(T));
+            std::memcpy(queries_ + i * p_.embedding_dim, p_.query + pair(i).pair * p_.embedding_dim,
+                        p_.embedding_dim * sizeof(T));
         }
     }
 
@@ -62,16 +64,18 @@ class UnitTile {
         if (whole_batch != nullptr) return {whole_batch, p_.hidden_rows, pair(0).first_row};
         return {one_tile, p_.most_tile_rows, 0};
     }
-    T* before(int64_t layer) const { return rows_of(p_.hidden, before_).at(p_.layers[layer]); }  // the activation: [rows, width]
-    T* after(int64_t layer) const { return rows_of(nullptr, after_).at(p_.layers[layer]); }      // likewise
+    T* before(int64_t layer) const {
+        return rows_of(p_.hidden, before_).at(p_.layers[layer]);
+    }                                                                                        // the activation: [rows, width]
+    T* after(int64_t layer) const { return rows_of(nullptr, after_).at(p_.layers[layer]); }  // likewise
 
     // before(layer) from the queries and keys, or from after(layer - 1).
     void linear(int64_t layer) {
         const UnitLayer<T>& l = p_.layers[layer];
         const UnitMatrix<T>& m = l.matrix;
         if (layer > 0) {
-            multiply<T>(after(layer - 1), m.input_width, m.forward, l.padded_bias, false, before(layer), m.width, rows_, m.width,
-                        m.inputs);
+            multiply<T>(after(layer - 1), m.input_width, m.forward, l.padded_bias, false, before(layer), m.width, rows_,
+                        m.width, m.inputs);
             return;
         }
         const int64_t D = p_.embedding_dim;
@@ -92,7 +96,8 @@ class UnitTile {
         const T* alpha = dice_columns<T>(l.columns, W).alpha;
         for_values(W, [&](int64_t r, int64_t c) {
             const Vec<T> v = Vec<T>::load(z + r * W + c);
-            const Vec<T> a = p_.activation == Activation::sigmoid ? sigmoid(v) : where_positive(v, v, Vec<T>::load(alpha + c) * v);
+            const Vec<T> a =
+                p_.activation == Activation::sigmoid ? sigmoid(v) : where_positive(v, v, Vec<T>::load(alpha + c) * v);
             a.store(y + r * W + c);
         });
     }

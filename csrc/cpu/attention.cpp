@@ -3,15 +3,15 @@
 //
 // h_t W e_a is taken as h_t . g with g = W e_a: g costs one small product per target, and the states are then read once,
 // whatever their number, and never projected. With a few targets each logit is a dot product straight from the states, at the
-// speed of memory. With many (serving scores hundreds of ads for one user) the sequence's states are packed, transposed, and one
-// register-tiled product gives the logits of all targets.
+// speed of memory. With many (serving scores hundreds of ads for one user) the sequence's states are packed, transposed, and
+// one register-tiled product gives the logits of all targets.
 //
 // A thread takes blocks of consecutive sequences. Everything of a sequence stays in its caches: logits become scores in place,
 // over the valid steps alone; the padding's scores are set to 0 and its states are never read.
 //
 // Backward, with d the gradient of the logits: grad h_t = sum over c of d_ct g_c and grad g_c = sum over t of d_ct h_t per
-// sequence, then grad e = W^T grad g and grad W = sum of grad g e^T per block. A block writes its share of grad W to memory of its
-// own, and the shares are summed in the order of the blocks, so that the bits do not depend on the threads.
+// sequence, then grad e = W^T grad g and grad W = sum of grad g e^T per block. A block writes its share of grad W to memory of
+// its own, and the shares are summed in the order of the blocks, so that the bits do not depend on the threads.
 #include "cpu/attention.h"
 
 #include <cstring>
@@ -53,7 +53,8 @@ void bilinear_attention_forward(const BilinearAttentionForward<T>& p, int64_t bl
     const bool many = C >= kManyTargets;
     const Scratch<T> packed_states(many ? packed_size<T>(H, steps) : 0);
     for_blocks(p, block_begin, block_end, [&](int64_t, int64_t begin, int64_t end) {
-        multiply<T>(p.target + begin * C * A, A, p.packed, nullptr, false, p.projected + begin * C * H, H, (end - begin) * C, H, A);
+        multiply<T>(p.target + begin * C * A, A, p.packed, nullptr, false, p.projected + begin * C * H, H, (end - begin) * C, H,
+                    A);
         for (int64_t b = begin; b < end; ++b) {
             const int64_t length = p.lengths[b];
             const T* states = p.states + b * steps * H;
@@ -111,12 +112,12 @@ void bilinear_attention_reduce(const BilinearAttentionBackward<T>& p) {
     }
 }
 
-#define DIEN_OPS_INSTANTIATE(T)                                                                                                \
-    template int64_t bilinear_attention_packed_size<kCapability, T>(int64_t, int64_t);                                         \
-    template void bilinear_attention_pack<kCapability, T>(const BilinearAttentionForward<T>&);                                 \
-    template void bilinear_attention_forward<kCapability, T>(const BilinearAttentionForward<T>&, int64_t, int64_t);            \
-    template void bilinear_attention_backward_pack<kCapability, T>(const BilinearAttentionBackward<T>&);                       \
-    template void bilinear_attention_backward<kCapability, T>(const BilinearAttentionBackward<T>&, int64_t, int64_t);          \
+#define DIEN_OPS_INSTANTIATE(T)                                                                                       \
+    template int64_t bilinear_attention_packed_size<kCapability, T>(int64_t, int64_t);                                \
+    template void bilinear_attention_pack<kCapability, T>(const BilinearAttentionForward<T>&);                        \
+    template void bilinear_attention_forward<kCapability, T>(const BilinearAttentionForward<T>&, int64_t, int64_t);   \
+    template void bilinear_attention_backward_pack<kCapability, T>(const BilinearAttentionBackward<T>&);              \
+    template void bilinear_attention_backward<kCapability, T>(const BilinearAttentionBackward<T>&, int64_t, int64_t); \
     template void bilinear_attention_reduce<kCapability, T>(const BilinearAttentionBackward<T>&);
 DIEN_OPS_INSTANTIATE(float)
 DIEN_OPS_INSTANTIATE(double)

@@ -9,8 +9,8 @@
 // blocks are joined in double, in their order. The blocks depend on the shape alone, never on the threads, so the bits do not
 // either.
 //
-// Padding: a block is a range of rows b * T + t of the whole tensor. It falls into runs of valid rows and runs of padding, found
-// from the lengths; sums skip the latter, outputs set them to 0.
+// Padding: a block is a range of rows b * T + t of the whole tensor. It falls into runs of valid rows and runs of padding,
+// found from the lengths; sums skip the latter, outputs set them to 0.
 #include "cpu/dice.h"
 
 #include <cstring>

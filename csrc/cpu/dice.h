@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Dice (DIN eq. 9) on the CPU: contracts. Design: dice.cpp. Callers fill a struct, then run its phases in the order in which they
-// are declared; a phase that takes blocks may be split over threads along them.
+// Dice (DIN eq. 9) on the CPU: contracts. Design: dice.cpp. Callers fill a struct, then run its phases in the order in which
+// they are declared; a phase that takes blocks may be split over threads along them.
 #pragma once
 
 #include <cstdint>

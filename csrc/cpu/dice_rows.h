@@ -5,8 +5,8 @@
 // kRowsPerSum rows and continued in double, so their error does not grow with the number of rows. Each call serves one
 // thread's rows; the callers add the partial results up in a fixed order.
 //
-// Where C is no multiple of the vector, the last vector is moved left until it fits, which is cheaper than a masked access: some
-// columns are computed twice, with the same result. So input and output may be the same memory only where C is a multiple.
+// Where C is no multiple of the vector, the last vector is moved left until it fits, which is cheaper than a masked access:
+// some columns are computed twice, with the same result. So input and output may be the same memory only where C is a multiple.
 #pragma once
 
 #include "common/dice.h"
@@ -81,8 +81,9 @@ struct Moments {
     }
 };
 
-// Adds the rows of x [rows, C] to m. The sums of a run of rows are taken of the distances from its first row: a large mean costs
-// no precision, and as that row is one of the values, the squares exceed the deviation by a factor of kRowsPerSum at the most.
+// Adds the rows of x [rows, C] to m. The sums of a run of rows are taken of the distances from its first row: a large mean
+// costs no precision, and as that row is one of the values, the squares exceed the deviation by a factor of kRowsPerSum at the
+// most.
 template <typename T>
 void add_moments(const T* x, int64_t stride, int64_t rows, const Moments& m) {
     constexpr int64_t kSize = Vec<T>::kSize;
@@ -136,7 +137,8 @@ T dice_scale(T weight, T var, double eps) {
 
 // Fills data [4, C]. weight and bias may be null.
 template <typename T>
-void fill_dice_columns(const T* mean, const T* var, const T* weight, const T* bias, const T* alpha, double eps, int64_t C, T* data) {
+void fill_dice_columns(const T* mean, const T* var, const T* weight, const T* bias, const T* alpha, double eps, int64_t C,
+                       T* data) {
     for (int64_t c = 0; c < C; ++c) {
         data[c] = mean[c];
         data[C + c] = dice_scale(weight != nullptr ? weight[c] : T(1), var[c], eps);
@@ -212,8 +214,8 @@ DiceFeedback<T> dice_feedback(const T* data, int64_t C) {
 
 // The gradient of x, from that of y
 template <typename T>
-void dice_gradient_rows(const DiceColumns<T>& columns, const DiceFeedback<T>& feedback, const T* x, int64_t stride_x, const T* g,
-                        int64_t stride_g, T* grad_x, int64_t stride_grad_x, int64_t rows, int64_t C) {
+void dice_gradient_rows(const DiceColumns<T>& columns, const DiceFeedback<T>& feedback, const T* x, int64_t stride_x,
+                        const T* g, int64_t stride_g, T* grad_x, int64_t stride_grad_x, int64_t rows, int64_t C) {
     for (int64_t r = 0; r < rows; ++r) {
         for_column_tiles<T, 1>(C, [&]<int>(int64_t c, int64_t lanes, int64_t) {
             const DiceLanes<T> d(columns, x + r * stride_x, c, lanes);

@@ -215,11 +215,11 @@ void for_statistics(const Work<T>& work, const Tensor& statistics, F&& f) {
     }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> local_activation_unit(const Tensor& query, const Tensor& keys, const Tensors& weights,
-                                                                 const Tensors& biases, const Tensors& alphas,
-                                                                 const Tensors& running_means, const Tensors& running_vars,
-                                                                 const OptionalTensor& lengths, const std::string& activation,
-                                                                 double eps, bool softmax) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> local_activation_unit(const Tensor& query, const Tensor& keys,
+                                                                 const Tensors& weights, const Tensors& biases,
+                                                                 const Tensors& alphas, const Tensors& running_means,
+                                                                 const Tensors& running_vars, const OptionalTensor& lengths,
+                                                                 const std::string& activation, double eps, bool softmax) {
     Arguments a = read_arguments(query, keys, weights, biases, alphas, lengths, activation, eps, softmax);
     a.batch_statistics = a.activation == Activation::dice && running_means.empty() && !a.sizes.empty();
     const size_t given = a.activation == Activation::dice && !a.batch_statistics ? a.sizes.size() : 0;
@@ -253,9 +253,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_activation_unit(const Tensor& q
         p.pooled = mutable_pointer<T>(pooled);
         cpu::with_capability([&](auto target) {
             const auto stages = [&](int64_t first, int64_t last) {
-                parallel_ranges(plan.tile_count(), [&](int64_t begin, int64_t end) {
-                    cpu::unit_forward<target()>(p, first, last, begin, end);
-                });
+                parallel_ranges(plan.tile_count(),
+                                [&](int64_t begin, int64_t end) { cpu::unit_forward<target()>(p, first, last, begin, end); });
             };
             cpu::unit_prepare<target(), T>(p);
             if (!a.batch_statistics) return stages(0, a.hidden_layers());
@@ -278,7 +277,8 @@ void write_parameter_gradients(const Arguments& a, const Work<T>& work, const Un
         for (int64_t o = 0; o < m.outputs; ++o) {
             for (int64_t i = 0; i < m.inputs; ++i) {
                 const int64_t at = i * m.width + o;
-                out[o * stride + i] = p.shares[m.gradient + at] - (subtract != nullptr ? p.shares[subtract->gradient + at] : T(0));
+                out[o * stride + i] =
+                    p.shares[m.gradient + at] - (subtract != nullptr ? p.shares[subtract->gradient + at] : T(0));
             }
         }
     };
@@ -338,9 +338,8 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> local_activation_unit_back
         p.grad_keys = mutable_pointer<T>(grad_keys);
         cpu::with_capability([&](auto target) {
             const auto stages = [&](int64_t first, int64_t last) {
-                parallel_ranges(plan.partition_count(), [&](int64_t begin, int64_t end) {
-                    cpu::unit_backward<target()>(p, first, last, begin, end);
-                });
+                parallel_ranges(plan.partition_count(),
+                                [&](int64_t begin, int64_t end) { cpu::unit_backward<target()>(p, first, last, begin, end); });
             };
             cpu::unit_prepare<target(), T>(p);
             const int64_t top = a.hidden_layers();
