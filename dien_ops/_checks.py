@@ -5,6 +5,7 @@ or device."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -79,3 +80,15 @@ def lengths(value: Tensor | None, batch: int, device: torch.device) -> None:
 def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def non_negative(name: str, value: float) -> None:
+    """Raises ValueError for a negative or infinite number and for NaN."""
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, got {value}")
+
+
+def fraction(name: str, value: float) -> None:
+    """Raises ValueError for a number outside of [0, 1) and for NaN."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +25,6 @@ for _name in ("mba_sgd_", "mba_adagrad_", "mba_rowwise_adagrad_", "mba_adam_", "
     torch.library.register_fake(f"dien_ops::{_name}", _updates_in_place)
 
 # ------------------------------------------------------------------------------------------------- functional
-
-
-def non_negative(name: str, value: float) -> None:
-    """Raises ValueError for a negative or infinite number and for NaN."""
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and >= 0, got {value}")
-
-
-def fraction(name: str, value: float) -> None:
-    """Raises ValueError for a number outside of [0, 1) and for NaN."""
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
 
 
 def check_counts(counts: Tensor | None, weight: Tensor) -> None:
@@ -81,8 +68,8 @@ def _mini_batch(
     num_embeddings, dim = weight.shape
     _checks.shape("grad", grad, [*ids.shape, dim], "[*ids.shape, D]")
     check_counts(counts, weight)
-    non_negative("lr", lr)
-    non_negative("l2", l2)
+    _checks.non_negative("lr", lr)
+    _checks.non_negative("l2", l2)
     return ids.reshape(-1), grad.reshape(ids.numel(), dim), counts, _normalized(padding_idx, num_embeddings)
 
 
@@ -147,7 +134,7 @@ def mba_sgd_(
         >>> dien_ops.functional.mba_sgd_(weight, ids, rows.grad, lr=0.1)
     """
     batch = _mini_batch(weight, ids, grad, lr, l2, counts, padding_idx, momentum_buffer=momentum_buffer)
-    fraction("momentum", momentum)
+    _checks.fraction("momentum", momentum)
     if momentum != 0.0 and momentum_buffer is None:
         raise ValueError(f"momentum_buffer must be given where momentum is not 0, got momentum={momentum}")
     torch.ops.dien_ops.mba_sgd_(weight, momentum_buffer, *batch, lr, l2, momentum)
@@ -187,7 +174,7 @@ def mba_adagrad_(
         >>> dien_ops.functional.mba_adagrad_(weight, torch.zeros(1000, 8), ids, torch.randn(3, 8), lr=0.1)
     """
     batch = _mini_batch(weight, ids, grad, lr, l2, counts, padding_idx, state_sum=state_sum)
-    non_negative("eps", eps)
+    _checks.non_negative("eps", eps)
     torch.ops.dien_ops.mba_adagrad_(weight, state_sum, *batch, lr, l2, eps)
     _mark_written(weight, state_sum)
 
@@ -224,7 +211,7 @@ def mba_rowwise_adagrad_(
         >>> dien_ops.functional.mba_rowwise_adagrad_(weight, sums, ids, grad, lr=0.1)
     """
     batch = _mini_batch(weight, ids, grad, lr, l2, counts, padding_idx, state_sum=state_sum)
-    non_negative("eps", eps)
+    _checks.non_negative("eps", eps)
     torch.ops.dien_ops.mba_rowwise_adagrad_(weight, state_sum, *batch, lr, l2, eps)
     _mark_written(weight, state_sum)
 
@@ -280,9 +267,9 @@ def mba_adam_(
     _checks.tensor("step", step)
     if step.dtype != torch.int64:
         raise ValueError(f"step must be int64, got {step.dtype}")
-    fraction("betas[0]", betas[0])
-    fraction("betas[1]", betas[1])
-    non_negative("eps", eps)
+    _checks.fraction("betas[0]", betas[0])
+    _checks.fraction("betas[1]", betas[1])
+    _checks.non_negative("eps", eps)
     torch.ops.dien_ops.mba_adam_(weight, exp_avg, exp_avg_sq, step, *batch, lr, l2, *betas, eps)
     _mark_written(weight, exp_avg, exp_avg_sq, step)
 

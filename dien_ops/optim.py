@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from dien_ops import _checks, functional
-from dien_ops.embedding import MBAEmbedding, check_counts, fraction, non_negative, owners
+from dien_ops.embedding import MBAEmbedding, check_counts, owners
 
 _SHARED_ARGUMENTS = """
 
@@ -68,8 +68,8 @@ class _MBAOptimizer(Optimizer):
         raise NotImplementedError
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        non_negative("lr", float(group["lr"]))
-        non_negative("l2", group["l2"])
+        _checks.non_negative("lr", float(group["lr"]))
+        _checks.non_negative("l2", group["l2"])
         self._check_options(group)
         for weight in group["params"]:
             _checks.supported("an embedding weight", weight)
@@ -182,7 +182,7 @@ class MBASGD(_MBAOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float,
         *,
         l2: float = 0.01,
         counts: Tensor | None = None,
@@ -191,7 +191,7 @@ class MBASGD(_MBAOptimizer):
         super().__init__(params, lr, l2, counts, momentum=momentum)
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        fraction("momentum", group["momentum"])
+        _checks.fraction("momentum", group["momentum"])
 
     def _update(self, batch: _MiniBatch, lr: float, state: dict[str, Any]) -> None:
         weight, ids, grad, counts, padding_idx, group = batch
@@ -219,7 +219,7 @@ class MBAAdagrad(_MBAOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-2,
+        lr: float,
         *,
         l2: float = 0.01,
         counts: Tensor | None = None,
@@ -230,8 +230,8 @@ class MBAAdagrad(_MBAOptimizer):
         super().__init__(params, lr, l2, counts, **options)
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        non_negative("initial_accumulator_value", group["initial_accumulator_value"])
-        non_negative("eps", group["eps"])
+        _checks.non_negative("initial_accumulator_value", group["initial_accumulator_value"])
+        _checks.non_negative("eps", group["eps"])
 
     def _initial_sum(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
         return torch.full_like(weight, group["initial_accumulator_value"])
@@ -286,7 +286,7 @@ class MBAAdam(_MBAOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float,
         *,
         l2: float = 0.01,
         counts: Tensor | None = None,
@@ -296,9 +296,9 @@ class MBAAdam(_MBAOptimizer):
         super().__init__(params, lr, l2, counts, betas=betas, eps=eps)
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        fraction("betas[0]", group["betas"][0])
-        fraction("betas[1]", group["betas"][1])
-        non_negative("eps", group["eps"])
+        _checks.fraction("betas[0]", group["betas"][0])
+        _checks.fraction("betas[1]", group["betas"][1])
+        _checks.non_negative("eps", group["eps"])
 
     def _update(self, batch: _MiniBatch, lr: float, state: dict[str, Any]) -> None:
         weight, ids, grad, counts, padding_idx, group = batch

@@ -84,8 +84,13 @@ def with_threads(count: int, f: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
         torch.set_num_threads(before)
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh interpreter, as a user would."""
+def run_python(code: str, cwd: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter, as a user would; modules in cwd come first."""
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )

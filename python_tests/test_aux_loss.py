@@ -79,7 +79,11 @@ def test_float32_is_as_good_as_torchs(reduction):
         low = sequences(64, 30, 36, dtype=torch.float32)
         exact = [x.detach().double().requires_grad_() for x in low]
         options = dict(reduction=reduction, lengths=spread_lengths(64, 30))
-        return results(functional, low, **options), results(reference, low, **options), results(reference, exact, **options)
+        return (
+            results(functional, low, **options),
+            results(reference, low, **options),
+            results(reference, exact, **options),
+        )
 
     assert_at_most_twice_torchs_error(draw() for _ in range(5))
 

@@ -59,7 +59,7 @@ void inner_products(const T* h, const T* e, const T* e_hat, int64_t width, T* cl
 
 template <typename T>
 void set_zero(T* begin, int64_t count) {
-    std::memset(begin, 0, count * sizeof(T));
+    if (count > 0) std::memset(begin, 0, count * sizeof(T));  // an empty tensor has no address
 }
 
 }  // namespace

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recurrent column as modules: GRU in the place of torch.nn.GRU, AIGRU, AGRU and AUGRU."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from dien_ops import _checks
+from dien_ops.gru import attentional_gru, gru
+
+
+def _add_gru_parameters(
+    module: nn.Module, suffix: str, input_size: int, hidden_size: int, bias: bool, **factory: Any
+) -> None:
+    module.register_parameter(f"weight_ih_{suffix}", nn.Parameter(torch.empty(3 * hidden_size, input_size, **factory)))
+    module.register_parameter(f"weight_hh_{suffix}", nn.Parameter(torch.empty(3 * hidden_size, hidden_size, **factory)))
+    if bias:
+        module.register_parameter(f"bias_ih_{suffix}", nn.Parameter(torch.empty(3 * hidden_size, **factory)))
+        module.register_parameter(f"bias_hh_{suffix}", nn.Parameter(torch.empty(3 * hidden_size, **factory)))
+
+
+def _check_sizes(input_size: int, hidden_size: int) -> None:
+    for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+        if not isinstance(size, int):
+            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+    if hidden_size <= 0:
+        raise ValueError(f"hidden_size must be greater than zero, got {hidden_size}")
+    if input_size < 0:
+        raise ValueError(f"input_size must not be negative, got {input_size}")
+
+
+class _Recurrent(nn.Module):
+    """What GRU and the attentional cells share: sizes, parameters by nn.GRU's names, initialisation."""
+
+    input_size: int
+    hidden_size: int
+    bias: bool
+    batch_first: bool
+
+    def reset_parameters(self) -> None:
+        """As nn.GRU: all parameters uniform in -1/sqrt(H)..1/sqrt(H), in the order of nn.GRU's parameters."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: there is no flat buffer to rebuild. Kept because code written for nn.GRU calls it."""
+
+    def _weights(self, suffix: str) -> list[Tensor | None]:
+        names = (f"weight_ih_{suffix}", f"weight_hh_{suffix}", f"bias_ih_{suffix}", f"bias_hh_{suffix}")
+        return [getattr(self, name) if self.bias or name.startswith("weight") else None for name in names]
+
+    def _check_features(self, input: Tensor) -> None:
+        if input.shape[-1] != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.shape[-1]}"
+            )
+
+
+class GRU(_Recurrent):
+    r"""A GRU (DIEN eq. 2-5): constructor, parameters, initialisation and results of :class:`torch.nn.GRU`.
+
+    Beyond it: ``lengths`` on the input's device with zeros allowed and no packing, backward in eval mode, double
+    backward, ``torch.compile(fullgraph=True)`` and ``torch.export`` without a graph break, reproducible bits.
+    Equations: :func:`dien_ops.functional.gru`.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the features of the state.
+        num_layers: stacked layers; each takes the output of the one below.
+        bias: whether the gates have the biases b_ih and b_hh.
+        batch_first: [B, T, I] instead of [T, B, I]; does not apply to hx and h_n.
+        dropout: probability of dropping an output of every layer but the last, in training.
+        bidirectional: a second set of weights runs each sequence backwards; outputs are concatenated.
+        device, dtype: of the parameters; float32 and float64 are supported.
+
+    Shapes: with L = num_layers and N = 2 if bidirectional else 1,
+
+    * input [T, B, I], [B, T, I] where batch_first, [T, I] unbatched, or a PackedSequence
+    * hx [L * N, B, H] ([L * N, H] unbatched), zeros where None
+    * lengths [B], int32 or int64, each in 0..T; not with unbatched or packed input
+    * output as the input with N * H features, 0 behind a row's length; a PackedSequence where one came in
+    * h_n as hx: each layer's and direction's state after its last valid step, hx where the length is 0
+
+    Raises:
+        ValueError: wrong rank or dtype, lengths together with a PackedSequence.
+        RuntimeError: wrong size or device, lengths outside 0..T.
+
+    Example:
+        >>> rnn = dien_ops.GRU(36, 36, batch_first=True)
+        >>> rnn.load_state_dict(torch.nn.GRU(36, 36).state_dict())
+        <All keys matched successfully>
+        >>> output, h_n = rnn(torch.randn(8, 50, 36), lengths=torch.randint(0, 51, (8,)))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_sizes(input_size, hidden_size)
+        if num_layers <= 0:
+            raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
+        if not isinstance(dropout, numbers.Number) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
+            raise ValueError(
+                f"dropout must be a number in 0..1, the probability of dropping an output, got {dropout!r}"
+            )
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(
+                f"dropout acts between layers, on the outputs of all but the last: dropout={dropout} does nothing "
+                f"with num_layers=1",
+                stacklevel=2,
+            )
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        width = hidden_size * len(self._directions)
+        for layer in range(num_layers):
+            for suffix in self._directions:
+                _add_gru_parameters(
+                    self, f"l{layer}{suffix}", input_size if layer == 0 else width, hidden_size, bias,
+                    device=device, dtype=dtype,
+                )  # fmt: skip
+        self.reset_parameters()
+
+    @property
+    def _directions(self) -> tuple[str, ...]:
+        return ("", "_reverse") if self.bidirectional else ("",)
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The parameters of each layer and direction, as nn.GRU's."""
+        return [
+            [w for w in self._weights(f"l{layer}{suffix}") if w is not None]
+            for layer in range(self.num_layers)
+            for suffix in self._directions
+        ]
+
+    def extra_repr(self) -> str:
+        options = [f"{self.input_size}, {self.hidden_size}"]
+        defaults = {
+            "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False,
+        }  # fmt: skip
+        options += [f"{k}={getattr(self, k)}" for k, default in defaults.items() if getattr(self, k) != default]
+        return ", ".join(options)
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Any, Tensor]:
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError("lengths must not be given with a PackedSequence, which has its own")
+            return self._forward_packed(input, hx)
+        _checks.tensor("input", input)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"GRU: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        if input.dim() == 3:
+            return self._forward_batched(input, hx, lengths, self.batch_first)
+        if lengths is not None:
+            raise ValueError("lengths must not be given with unbatched 2-D input")
+        if hx is not None and hx.dim() != 2:
+            raise RuntimeError(f"For unbatched 2-D input, hx should also be 2-D but got {hx.dim()}-D tensor")
+        output, h_n = self._forward_batched(
+            input.unsqueeze(1), hx.unsqueeze(1) if hx is not None else None, None, batch_first=False
+        )
+        return output.squeeze(1), h_n.squeeze(1)
+
+    def _forward_batched(
+        self, input: Tensor, hx: Tensor | None, lengths: Tensor | None, batch_first: bool
+    ) -> tuple[Tensor, Tensor]:
+        self._check_features(input)
+        batch = input.shape[0 if batch_first else 1]
+        if hx is not None:
+            _checks.tensor("hx", hx)
+            expected = (self.num_layers * len(self._directions), batch, self.hidden_size)
+            if tuple(hx.shape) != expected:
+                raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.shape)}")
+        layer_input, states = input, list[Tensor]()
+        for layer in range(self.num_layers):
+            if layer > 0 and self.dropout > 0:
+                layer_input = F.dropout(layer_input, self.dropout, self.training)
+            outputs = []
+            for suffix in self._directions:
+                w_ih, w_hh, b_ih, b_hh = self._weights(f"l{layer}{suffix}")
+                assert w_ih is not None and w_hh is not None
+                output, state = gru(
+                    layer_input, w_ih, w_hh, b_ih, b_hh,
+                    hx[len(states)] if hx is not None else None,
+                    lengths=lengths, batch_first=batch_first, reverse=suffix == "_reverse",
+                )  # fmt: skip
+                outputs.append(output)
+                states.append(state)
+            layer_input = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+        return layer_input, torch.stack(states)
+
+    def _forward_packed(self, packed: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
+        padded, lengths = pad_packed_sequence(packed)
+        output, h_n = self._forward_batched(padded, hx, lengths.to(padded.device), batch_first=False)
+        if packed.sorted_indices is not None:
+            output, lengths = output.index_select(1, packed.sorted_indices), lengths[packed.sorted_indices.cpu()]
+        data = pack_padded_sequence(output, lengths).data
+        return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), h_n
+
+
+class _AttentionalGRU(_Recurrent):
+    """One layer of attentional_gru with nn.GRU's parameters."""
+
+    gate: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_sizes(input_size, hidden_size)
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.bias = bias
+        self.batch_first = batch_first
+        self.reset_after = reset_after
+        _add_gru_parameters(self, "l0", input_size, hidden_size, bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        options = [f"{self.input_size}, {self.hidden_size}"]
+        defaults = {"bias": True, "batch_first": False, "reset_after": True}
+        options += [f"{k}={getattr(self, k)}" for k, default in defaults.items() if getattr(self, k) != default]
+        return ", ".join(options)
+
+    def forward(
+        self, input: Tensor, attention: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        _checks.tensor("input", input)
+        _checks.tensor("attention", attention)
+        _checks.rank("input", input, 3)
+        _checks.rank("attention", attention, 2, 3)
+        self._check_features(input)
+        if hx is not None:
+            _checks.tensor("hx", hx)
+            batch = input.shape[0 if self.batch_first else 1]
+            targets = [attention.shape[1 if self.batch_first else 2]] if attention.dim() == 3 else []
+            expected = (1, batch, *targets, self.hidden_size)
+            if tuple(hx.shape) != expected:
+                raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.shape)}")
+        w_ih, w_hh, b_ih, b_hh = self._weights("l0")
+        assert w_ih is not None and w_hh is not None
+        output, state = attentional_gru(
+            input, attention, w_ih, w_hh, b_ih, b_hh, hx[0] if hx is not None else None,
+            gate=self.gate, reset_after=self.reset_after, lengths=lengths, batch_first=self.batch_first,
+        )  # fmt: skip
+        return output, state.unsqueeze(0)
+
+
+_SHAPES = """
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the features of the state.
+        bias: whether the gates have the biases b_ih and b_hh.
+        batch_first: batch before time in input, attention and output.
+        device, dtype: of the parameters; float32 and float64 are supported.
+        reset_after: the reset gate acts after the product with the state (the paper, torch, cuDNN) or, False, before it
+            (the authors' TensorFlow code). No conversion of weights leads from one to the other.
+
+    Shapes: C targets of each sequence, scored in one call, are optional.
+
+    * input [T, B, I], or [B, T, I] where batch_first
+    * attention [T, B] or [T, B, C]; [B, T] or [B, C, T] where batch_first
+    * hx [1, B, H] or [1, B, C, H], zeros where None
+    * lengths [B], int32 or int64, each in 0..T
+    * output [T, B, H] or [T, B, C, H] ([B, T, H] or [B, C, T, H]), 0 behind a row's length
+    * h_n as hx: the state after the last valid step, hx where the length is 0
+
+    Parameters, their names and initialisation are those of a one-layer :class:`torch.nn.GRU`.
+
+    Raises:
+        ValueError: wrong rank, dtype or gate.
+        RuntimeError: wrong size or device, lengths outside 0..T.
+"""
+
+
+class AIGRU(_AttentionalGRU):
+    __doc__ = f"""GRU with attentional input (DIEN eq. 9): the GRU over a x.{_SHAPES}
+    Example:
+        >>> aigru = dien_ops.AIGRU(36, 36, batch_first=True)
+        >>> output, h_n = aigru(torch.randn(8, 50, 36), torch.rand(8, 50))
+    """
+    gate = "input"
+
+
+class AGRU(_AttentionalGRU):
+    __doc__ = f"""Attention based GRU (DIEN eq. 10): h' = (1 - a) h + a n, the score replaces the update gate.{_SHAPES}
+    Example:
+        >>> agru = dien_ops.AGRU(36, 36, batch_first=True)
+        >>> output, h_n = agru(torch.randn(8, 50, 36), torch.rand(8, 50))
+    """
+    gate = "replace"
+
+
+class AUGRU(_AttentionalGRU):
+    __doc__ = f"""GRU with attentional update gate (DIEN eq. 11-12).
+
+    ``gate="paper"``: h' = (1 - a u) h + a u n with u = 1 - z. With a = 1 it is the GRU; with a = 0 the state stands
+    still. ``gate="authors"``: h' = (1 - z') n + z' h with z' = (1 - a) z, the form of the released code, oneDNN and
+    OpenVINO. With a = 0 it is the GRU. Neither can be converted into the other.{_SHAPES}
+    Example:
+        >>> augru = dien_ops.AUGRU(36, 36, batch_first=True)
+        >>> scores = torch.softmax(torch.randn(1, 200, 50), dim=-1)  # 200 ads for one user
+        >>> _, h_n = augru(torch.randn(1, 50, 36), scores)
+        >>> h_n.shape
+        torch.Size([1, 1, 200, 36])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+        gate: str = "paper",
+    ) -> None:
+        _checks.one_of("gate", gate, ("paper", "authors"))
+        super().__init__(input_size, hidden_size, bias, batch_first, device, dtype, reset_after=reset_after)
+        self.gate = gate
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", gate={self.gate!r}" if self.gate != "paper" else "")

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package as a whole: what it exports, how it loads, what it says of itself."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import dien_ops
+import dien_ops.info
+import dien_ops.selftest
+from dien_ops import functional, optim, reference
+from helpers import run_python
+
+PACKAGE = Path(dien_ops.__file__).parent
+PUBLIC_CLASSES = [x for name in dien_ops.__all__ if inspect.isclass(x := getattr(dien_ops, name))]
+OPTIMIZERS = [getattr(optim, name) for name in ("MBASGD", "MBAAdagrad", "MBARowwiseAdagrad", "MBAAdam")]
+
+
+def test_the_public_names_are_the_designed_ones():
+    assert set(dien_ops.__all__) == {
+        "GRU", "AIGRU", "AGRU", "AUGRU", "BilinearAttention", "LocalActivationUnit", "Dice", "AuxiliaryLoss",
+        "MBAEmbedding", "functional", "optim", "reference",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", functional.__all__)
+def test_reference_has_every_function_with_the_same_signature(name):
+    ours, equations = (inspect.signature(getattr(m, name)).parameters for m in (functional, reference))
+    assert list(ours) == list(equations)
+    for parameter, other in zip(ours.values(), equations.values(), strict=True):
+        assert (parameter.kind, parameter.default) == (other.kind, other.default), parameter.name
+
+
+def test_every_operator_runs_on_the_cpu_and_has_a_fake_rule():
+    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("dien_ops::")}
+    assert len(names) >= 17
+    for name in names:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"), name
+        assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None, name
+
+
+@pytest.mark.parametrize(
+    "module", [m.name for m in pkgutil.iter_modules([str(PACKAGE)]) if not m.name.startswith(("_", "lib"))]
+)
+def test_docstring_examples_print_what_they_say(module):
+    found = importlib.import_module(f"dien_ops.{module}")
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for test in finder.find(found, globs={"torch": torch, "dien_ops": dien_ops}):
+        runner.run(test)
+    assert runner.summarize().failed == 0
+
+
+@pytest.mark.parametrize("thing", [*PUBLIC_CLASSES, *OPTIMIZERS, *(getattr(functional, n) for n in functional.__all__)])
+def test_every_public_thing_has_an_example_and_says_what_it_raises(thing):
+    assert ">>> " in thing.__doc__ and "Raises:" in thing.__doc__
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def test_an_unknown_instruction_set_is_an_import_error_that_lists_the_known_ones():
+    done = run_python("import dien_ops", DIEN_OPS_CPU_CAPABILITY="avx1024")
+    assert (
+        "ImportError: dien_ops: DIEN_OPS_CPU_CAPABILITY must be one of baseline, avx2, avx512; got avx1024"
+        in done.stderr
+    )
+
+
+def copy_of_package(tmp_path: Path, without: str) -> str:
+    shutil.copytree(PACKAGE, tmp_path / "dien_ops", ignore=shutil.ignore_patterns(without, "__pycache__"))
+    return str(tmp_path)
+
+
+def test_a_tree_that_was_never_built_says_how_to_build_it(tmp_path):
+    done = run_python("import dien_ops", cwd=copy_of_package(tmp_path, without="*.so"))
+    assert "is missing" in done.stderr and "pip install ." in done.stderr
+
+
+def test_a_library_that_does_not_load_names_both_torch_versions_and_the_remedy(tmp_path):
+    path = copy_of_package(tmp_path, without="libdien_ops_cpu.so")
+    (tmp_path / "dien_ops" / "libdien_ops_cpu.so").write_bytes(b"not a library")
+    done = run_python("import dien_ops", cwd=path)
+    assert f"cannot be loaded by torch {torch.__version__}" in done.stderr
+    assert "pip install --no-build-isolation" in done.stderr
+
+
+def test_torch_older_than_the_stable_abi_is_refused():
+    done = run_python("import torch; torch.__version__ = '2.9.1'; import dien_ops")
+    assert "ImportError: dien_ops needs torch >= 2.10, got torch 2.9.1" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- what it says of itself
+
+
+def test_info_names_versions_capability_and_operators(capsys):
+    dien_ops.info.main()
+    printed = capsys.readouterr().out
+    for fact in (dien_ops.__version__, torch.__version__, dien_ops._C.cpu_capability(), "mba_adam_", "CUDA kernels"):
+        assert fact in printed
+
+
+def test_selftest_passes_here(capsys):
+    assert dien_ops.selftest.main() == 0
+    assert "all operators agree" in capsys.readouterr().out
+
+
+def test_selftest_covers_every_function(monkeypatch):
+    called = set()
+    for name in functional.__all__:
+        original = getattr(functional, name)
+        monkeypatch.setattr(functional, name, lambda *a, _n=name, _f=original, **k: called.add(_n) or _f(*a, **k))
+    dien_ops.selftest.main()
+    assert called == set(functional.__all__)
+
+
+def test_selftest_names_a_wrong_operator_and_exits_with_one(monkeypatch, capsys):
+    right = functional.dice
+    monkeypatch.setattr(functional, "dice", lambda *a, **k: right(*a, **k) * 1.001)
+    assert dien_ops.selftest.main() == 1
+    assert "dice(training=True); dice(training=False)" in capsys.readouterr().err
+
+
+def test_selftest_sees_nan(monkeypatch):
+    right = functional.bilinear_attention
+    monkeypatch.setattr(functional, "bilinear_attention", lambda *a, **k: right(*a, **k) * torch.nan)
+    assert dien_ops.selftest.main() == 1
+
+
+def test_the_cpu_library_holds_no_python():
+    """So that a C++ server can load it."""
+    library = (PACKAGE / "libdien_ops_cpu.so").read_bytes()
+    assert b"libtorch_cpu.so" in library
+    assert b"libtorch_python" not in library and b"libpython" not in library and b"PyObject" not in library
