@@ -93,7 +93,7 @@ class UnitGradient {
                 dot_rows(tile_.keys(i), D, grad_pooled, g, pair.rows, D);
                 accumulate_outer<T>(scores, p_.steps, grad_pooled, D, grad_keys, D, pair.rows, D, 1);
             } else {
-                std::memset(g, 0, pair.rows * sizeof(T));
+                fill_zeros(g, pair.rows);
             }
             for (int64_t t = 0; grad_scores != nullptr && t < pair.rows; ++t) g[t] += grad_scores[t];
             if (p_.softmax) softmax_row_gradient<T>(scores, g, g, pair.rows);
@@ -101,7 +101,7 @@ class UnitGradient {
         const int64_t W = p_.layers[L > 0 ? L - 1 : 0].matrix.width;
         T* hidden = gradient(L > 0 ? L - 1 : 0);
         if (L == 0) {
-            std::memset(hidden, 0, tile_.rows() * W * sizeof(T));
+            fill_zeros(hidden, tile_.rows() * W);
             for (int64_t r = 0; r < tile_.rows(); ++r) hidden[r * W] = grad_logits_[r];
             return;
         }
@@ -176,7 +176,7 @@ class UnitGradient {
             const UnitPair& pair = tile_.pair(i);
             const T *query = tile_.queries() + i * D, *g = gradient(0) + tile_.row_in_tile(i) * W;
             sum_rows(g, pair.rows, W, grad_offsets_ + i * W);
-            std::memset(grad_folded_, 0, D * W * sizeof(T));
+            fill_zeros<T>(grad_folded_, D * W);
             accumulate_outer<T>(tile_.keys(i), D, g, W, grad_folded_, W, D, W, pair.rows);
             unfold(query, grad_queries_ + i * D);
             fold(query);
@@ -214,7 +214,7 @@ class UnitGradient {
         const int64_t D = p_.embedding_dim;
         const T *keys = p_.layers[0].matrix.backward, *products = p_.product_matrix.backward;
         T* out = folded_;
-        std::memset(padded_query_, 0, packed_capacity<T>(1, D) * sizeof(T));
+        fill_zeros<T>(padded_query_, packed_capacity<T>(1, D));
         std::memcpy(padded_query_, query, D * sizeof(T));
         for (int64_t d = 0; d < D; d += kPanelWidth<T>) {
             for (int64_t o = 0; o < p_.layers[0].matrix.outputs; ++o) {

@@ -22,7 +22,7 @@ namespace {
 // transposed = (a + sign b)^T, where a and b [outputs, inputs] have rows of `stride`; then both packed forms. b may be null.
 template <typename T>
 void fill_matrix(const UnitMatrix<T>& m, const T* a, const T* b, T sign, int64_t stride) {
-    std::memset(m.transposed, 0, m.input_width * m.width * sizeof(T));
+    fill_zeros(m.transposed, m.input_width * m.width);
     for (int64_t i = 0; i < m.inputs; ++i) {
         for (int64_t o = 0; o < m.outputs; ++o) {
             m.transposed[i * m.width + o] = a[o * stride + i] + (b != nullptr ? sign * b[o * stride + i] : T(0));
@@ -35,7 +35,7 @@ void fill_matrix(const UnitMatrix<T>& m, const T* a, const T* b, T sign, int64_t
 template <typename T>
 void fill_columns(const UnitProblem<T>& p, const UnitLayer<T>& l) {
     const int64_t H = l.matrix.outputs, W = l.matrix.width;
-    std::memset(l.columns, 0, 4 * W * sizeof(T));
+    fill_zeros(l.columns, 4 * W);
     if (p.activation == Activation::dice) {
         for (int64_t c = 0; c < H; ++c) {
             l.columns[c] = l.mean[c];
@@ -87,7 +87,7 @@ void unit_prepare(const UnitProblem<T>& p) {
     for (int64_t i = 0; i < p.hidden_layers || i == 0; ++i) {
         const UnitLayer<T>& l = p.layers[i];
         if (i > 0) fill_matrix<T>(l.matrix, l.weight, nullptr, T(0), l.matrix.inputs);
-        std::memset(l.padded_bias, 0, l.matrix.width * sizeof(T));
+        fill_zeros(l.padded_bias, l.matrix.width);
         std::memcpy(l.padded_bias, l.bias, l.matrix.outputs * sizeof(T));
         fill_columns(p, l);
     }
@@ -120,7 +120,7 @@ void unit_statistics(const UnitForward<T>& p, int64_t layer) {
     finish_moments(total, l.mean, l.var);
     fill_columns(p, l);
     for (int64_t tile = 0; tile < p.tile_count; ++tile) {
-        std::memset(tile_moments(p, tile, layer).data, 0, (1 + 2 * l.matrix.width) * sizeof(double));
+        fill_zeros(tile_moments(p, tile, layer).data, 1 + 2 * l.matrix.width);
     }
 }
 

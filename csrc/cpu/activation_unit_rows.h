@@ -66,7 +66,7 @@ class UnitTile {
     }
     T* before(int64_t layer) const {
         return rows_of(p_.hidden, before_).at(p_.layers[layer]);
-    }                                                                                        // the activation: [rows, width]
+    }  // the activation: [rows, width]
     T* after(int64_t layer) const { return rows_of(nullptr, after_).at(p_.layers[layer]); }  // likewise
 
     // before(layer) from the queries and keys, or from after(layer - 1).

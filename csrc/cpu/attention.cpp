@@ -14,8 +14,6 @@
 // its own, and the shares are summed in the order of the blocks, so that the bits do not depend on the threads.
 #include "cpu/attention.h"
 
-#include <cstring>
-
 #include "cpu/attention_rows.h"
 #include "cpu/gemm.h"
 #include "cpu/scratch.h"
@@ -68,7 +66,7 @@ void bilinear_attention_forward(const BilinearAttentionForward<T>& p, int64_t bl
                 T* row = scores + c * steps;
                 if (!many) dot_rows(states, H, projected + c * H, row, length, H);
                 softmax_row(row, length);
-                std::memset(row + length, 0, (steps - length) * sizeof(T));
+                fill_zeros(row + length, steps - length);
             }
         }
     });
@@ -84,8 +82,8 @@ void bilinear_attention_backward(const BilinearAttentionBackward<T>& p, int64_t 
     const int64_t C = p.targets, steps = p.steps, H = p.hidden_size, A = p.target_size;
     const Scratch<T> grad_logits(C * steps), transposed(C * steps);  // [C, T] and [T, C]
     for_blocks(p, block_begin, block_end, [&](int64_t block, int64_t begin, int64_t end) {
-        std::memset(p.grad_states + begin * steps * H, 0, (end - begin) * steps * H * sizeof(T));
-        std::memset(p.grad_projected + begin * C * H, 0, (end - begin) * C * H * sizeof(T));
+        fill_zeros(p.grad_states + begin * steps * H, (end - begin) * steps * H);
+        fill_zeros(p.grad_projected + begin * C * H, (end - begin) * C * H);
         for (int64_t b = begin; b < end; ++b) {
             const int64_t length = p.lengths[b];
             for (int64_t c = 0; c < C; ++c) {

@@ -2,8 +2,6 @@
 // What both attentions of the package do with a row of scores.
 #pragma once
 
-#include <cstring>
-
 #include "cpu/simd.h"
 
 namespace dien_ops::cpu {

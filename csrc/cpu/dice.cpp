@@ -13,9 +13,8 @@
 // found from the lengths; sums skip the latter, outputs set them to 0.
 #include "cpu/dice.h"
 
-#include <cstring>
-
 #include "cpu/dice_rows.h"
+#include "cpu/scratch.h"
 
 namespace dien_ops::cpu {
 namespace {
@@ -68,7 +67,7 @@ void dice_forward(const DiceForward<T>& p, int64_t block_begin, int64_t block_en
             if (valid) {
                 dice_rows(dice_columns<T>(p.columns, C), p.input + row * C, C, p.output + row * C, C, rows, C);
             } else {
-                std::memset(p.output + row * C, 0, rows * C * sizeof(T));
+                fill_zeros(p.output + row * C, rows * C);
             }
         });
     }
@@ -110,7 +109,7 @@ void dice_backward(const DiceBackward<T>& p, int64_t block_begin, int64_t block_
                 dice_gradient_rows(dice_columns<T>(p.columns, C), feedback, p.input + row * C, C, p.grad_output + row * C, C,
                                    p.grad_input + row * C, C, rows, C);
             } else {
-                std::memset(p.grad_input + row * C, 0, rows * C * sizeof(T));
+                fill_zeros(p.grad_input + row * C, rows * C);
             }
         });
     }

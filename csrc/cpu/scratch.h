@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 namespace dien_ops::cpu {
@@ -25,6 +26,12 @@ class Scratch {
   private:
     T* data_;
 };
+
+// memset must not be given the null pointer of an empty tensor, not even for 0 bytes.
+template <typename T>
+void fill_zeros(T* p, int64_t size) {
+    if (size > 0) std::memset(p, 0, size * sizeof(T));
+}
 
 }  // namespace
 }  // namespace dien_ops::cpu

@@ -203,7 +203,7 @@ class Work {
     Tensors memory_;
 };
 
-// Means or variances: copies between the layers and row `row` of statistics [2, sum of hidden sizes].
+// Calls f(of the layer, of statistics [2, sum of hidden sizes], size) for the mean and the variance of every hidden layer.
 template <typename T, typename F>
 void for_statistics(const Work<T>& work, const Tensor& statistics, F&& f) {
     T* mean = mutable_pointer<T>(statistics);
