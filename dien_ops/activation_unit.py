@@ -293,6 +293,12 @@ class LocalActivationUnit(nn.Module):
         softmax: normalise the scores over the valid steps; the paper does not.
         device, dtype: of the parameters.
 
+    Shapes: query [B, D] or [B, C, D], keys [B, T, D], lengths [B]; pooled is shaped as the query; scores, where
+    return_scores is set, are [B, T] or [B, C, T].
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument has the wrong type; rank or dtype; size, device or value.
+
     Example:
         >>> unit = dien_ops.LocalActivationUnit(36)
         >>> pooled = unit(torch.randn(8, 36), torch.randn(8, 50, 36), lengths=torch.randint(0, 51, (8,)))

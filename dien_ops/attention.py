@@ -96,7 +96,8 @@ def bilinear_attention(states: Tensor, target: Tensor, weight: Tensor, *, length
     Example:
         >>> states, target, weight = torch.randn(8, 50, 36), torch.randn(8, 18), torch.randn(36, 18)
         >>> scores = dien_ops.functional.bilinear_attention(states, target, weight)
-        >>> scores.sum(1)  # ones
+        >>> bool(torch.allclose(scores.sum(1), torch.ones(8)))
+        True
     """
     _checks.supported("states", states)
     _checks.rank("states", states, 3)
@@ -129,6 +130,11 @@ class BilinearAttention(nn.Module):
         hidden_size: H, the size of the states.
         target_size: A, the size of the target's embedding.
         device, dtype: of the parameter.
+
+    Shapes: states [B, T, H], target [B, A] or [B, C, A], lengths [B]; scores [B, T] or [B, C, T].
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument has the wrong type; rank or dtype; size, device or value.
 
     Example:
         >>> attention = dien_ops.BilinearAttention(36, 18)

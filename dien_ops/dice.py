@@ -218,6 +218,11 @@ class Dice(nn.Module):
         affine: learn a scale and an offset of the gate's argument; not in the paper.
         device, dtype: of the parameters and the moving averages.
 
+    Shapes: input [N, C], or [B, T, C] with lengths [B]; the output is shaped as the input.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument has the wrong type; rank or dtype; size, device or value.
+
     Example:
         >>> activation = dien_ops.Dice(80)
         >>> y = activation(torch.randn(32, 50, 80), lengths=torch.randint(0, 51, (32,)))

@@ -148,6 +148,8 @@ def test_the_readmes_examples_run():
     assert len(blocks) == 3
     names = {"training_set": [torch.tensor([[3, 7, 3]]), torch.tensor([[7, 0, 0]])]}
     for block in blocks:
-        exec(block.replace("torch.compile(fast, fullgraph=True)", "fast"), names)  # compiled elsewhere, in no compiler's time
+        exec(
+            block.replace("torch.compile(fast, fullgraph=True)", "fast"), names
+        )  # compiled elsewhere, in no compiler's time
     assert names["output"].shape == (128, 50, 36) and names["interest"].shape == (1, 1, 200, 36)
     assert names["items"].counts[[0, 3, 7]].tolist() == [0, 1, 2]

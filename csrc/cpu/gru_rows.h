@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "common/gates.h"
+#include "cpu/scratch.h"
 #include "cpu/simd.h"
 
 namespace dien_ops::cpu {
@@ -43,11 +44,8 @@ Vec<T> load_or_zero(const T* p, int64_t j, int64_t lanes) {
 
 template <typename T>
 void copy_or_zero(const T* source, int64_t n, T* destination) {
-    if (source != nullptr) {
-        std::memcpy(destination, source, n * sizeof(T));
-    } else {
-        std::memset(destination, 0, n * sizeof(T));
-    }
+    if (source == nullptr) return fill_zeros(destination, n);
+    std::memcpy(destination, source, n * sizeof(T));
 }
 
 }  // namespace
