@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | make test | make check-package | make lint | make clean. TORCH="torch==2.13.0" picks another torch.
+# make demo | make test | make lint | make sanitize | make check-package | make clean. TORCH="torch==2.13.0" picks another torch.
 
 PYTHON ?= python3
 TORCH ?= torch>=2.10
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 BUILD_TOOLS := "setuptools>=77" "cmake>=3.18" ninja "pybind11>=2.13" numpy
 
-.PHONY: demo test lint check-package check-abi clean
+.PHONY: demo test lint sanitize check-package check-abi clean
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,13 @@ lint: $(VENV)/lint  ## what CI and pre-commit check: ruff, mypy, clang-format
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer; what only exercises torch's compiler is left out.
+sanitize: $(VENV)/dien_ops  ## the tests of all kernels on a sanitized build
+	DIEN_OPS_SANITIZE=1 $(PIP) install --quiet --no-build-isolation --no-deps --upgrade --target build/sanitized .
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=build/sanitized $(BIN)/pytest -p no:cacheprovider \
+	  -k "not opcheck and not compile and not export and not package and not examples" $(PYTEST)
 
 check-package: $(VENV)/torch  ## sdist and wheel, built in isolation, installed and run in a fresh environment
 	PYTHON=$(BIN)/python TORCH="$(TORCH)" bash .ci/check_package.sh

@@ -3,8 +3,8 @@
 //   multiply           C[M, N] (+)= A[M, K] B[K, N]   with B packed once into column panels (weights, used many times)
 //   accumulate_outer   C[M, N]  += A[K, M]^T B[K, N]  over K rows (weight gradients: the sum over batch and time)
 // Both keep a tile of kTileRows x kTileVectors vectors of sums in registers while they run along K. The sums start at zero and
-// are added to C once, at the end: K small terms added to a large C one by one would each be rounded at C's size. The order of every sum
-// depends on K alone, never on the number of threads.
+// are added to C once, at the end: K small terms added to a large C one by one would each be rounded at C's size. The order of
+// every sum depends on K alone, never on the number of threads.
 #pragma once
 
 #include "cpu/simd.h"
@@ -67,8 +67,8 @@ void multiply_tile(const T* a, int64_t lda, const T* panel, int64_t K, const T* 
 
 // C[M, N] = A[M, K] B[K, N] + bias[N] (bias may be null), or += where accumulate is set.
 template <typename T>
-void multiply(const T* a, int64_t lda, const T* packed_b, const T* bias, bool accumulate, T* c, int64_t ldc, int64_t M, int64_t N,
-              int64_t K) {
+void multiply(const T* a, int64_t lda, const T* packed_b, const T* bias, bool accumulate, T* c, int64_t ldc, int64_t M,
+              int64_t N, int64_t K) {
     for (int64_t n = 0; n < N; n += kPanelWidth<T>) {
         const T* panel = packed_b + n * K;
         const int64_t width = N - n < kPanelWidth<T> ? N - n : kPanelWidth<T>;

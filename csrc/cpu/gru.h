@@ -77,10 +77,10 @@ struct GruBackward : GruProblem<T> {
     const T* grad_output;  // [B, C, T, H] with the output strides, or null (zeros)
     const T* grad_h_n;     // [B, C, H] or null (zeros)
 
-    T* packed;          // gru_backward_packed_size elements, written by gru_backward_pack
+    T* packed;           // gru_backward_packed_size elements, written by gru_backward_pack
     const T* projected;  // [B, T, 3H]: W_ih x, needed where gate is input, else null
-    T* grad_gates;      // [B, C, T, gates_size]: gradients of the pre-activations of r, z, n and of U_n h + b_hn
-    T* grad_projected;  // [B, T, 3H]: gradient of W_ih x; may be null where C = 1 and gate is not input: then it is grad_gates
+    T* grad_gates;       // [B, C, T, gates_size]: gradients of the pre-activations of r, z, n and of U_n h + b_hn
+    T* grad_projected;   // [B, T, 3H]: gradient of W_ih x; may be null where C = 1 and gate is not input: then it is grad_gates
 
     T* grad_input;      // [B, T, I] with the input strides; 0 behind a row's length
     T* grad_attention;  // [B, C, T] with the attention strides, or null; 0 behind a row's length

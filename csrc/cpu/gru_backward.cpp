@@ -161,8 +161,8 @@ void sweep_tile(const GruBackward<T>& p, int64_t tile) {
         if (p.gate != Gate::input) continue;
         for (int64_t i = 0; i < running; ++i) {
             const int64_t row = order[i], t = p.time(row, s);
-            grad_attention(row, t) = input_score_gradient(step(i, s).grad_gates,
-                                                          p.projected + (row / p.targets * p.steps + t) * 3 * H, 3 * H);
+            grad_attention(row, t) =
+                input_score_gradient(step(i, s).grad_gates, p.projected + (row / p.targets * p.steps + t) * 3 * H, 3 * H);
         }
     }
     for (int64_t i = 0; i < rows; ++i) copy_or_zero<T>(dh + i * H, H, p.grad_hx + order[i] * H);
@@ -244,8 +244,8 @@ void add_recurrent_weights(const GruBackward<T>& p, int64_t row, int64_t begin, 
         }
         accumulate_outer<T>(grads + t0 * G, G, reset_states, H, weight, H, end - begin, H, count);
     } else if (count > 0) {
-        accumulate_outer<T>(grads + t0 * G, G, p.output + p.output_offset(row, before), p.output_stride_t, weight, H, end - begin,
-                            H, count);
+        accumulate_outer<T>(grads + t0 * G, G, p.output + p.output_offset(row, before), p.output_stride_t, weight, H,
+                            end - begin, H, count);
     }
     if (p.hx == nullptr) return;
     const int64_t first = p.time(row, 0);

@@ -39,13 +39,13 @@ Packed<T> packed_parts(T* packed, int64_t H) {
 // A step of one row. Rows of the scratch buffers are this row's.
 template <typename T>
 struct Step {
-    const T* projected;      // [3H] W x
-    const T *b_ih, *b_hh;    // [3H] or null
-    T a;                     // the attention score
-    T input_scale;           // a where gate is input, else 1
-    T* h;                    // [H] the state, replaced in pass 2
-    T *rz, *rh, *u_n;        // scratch: [2H] U h and then r, z; [H] r h; [H] U_n h or U_n (r h)
-    T *output, *gates;       // [H]; [gates_size] or null
+    const T* projected;    // [3H] W x
+    const T *b_ih, *b_hh;  // [3H] or null
+    T a;                   // the attention score
+    T input_scale;         // a where gate is input, else 1
+    T* h;                  // [H] the state, replaced in pass 2
+    T *rz, *rh, *u_n;      // scratch: [2H] U h and then r, z; [H] r h; [H] U_n h or U_n (r h)
+    T *output, *gates;     // [H]; [gates_size] or null
 };
 
 template <typename T>
@@ -150,8 +150,8 @@ void gru_project_input(const GruForward<T>& p, int64_t batch_begin, int64_t batc
     const int64_t I = p.input_size, H = p.hidden_size;
     const Packed<T> packed = packed_parts(p.packed, H);
     for (int64_t b = batch_begin; b < batch_end; ++b) {
-        multiply<T>(p.input + b * p.input_stride_b, p.input_stride_t, packed.w, nullptr, false, p.projected + b * p.steps * 3 * H,
-                    3 * H, p.lengths[b], 3 * H, I);
+        multiply<T>(p.input + b * p.input_stride_b, p.input_stride_t, packed.w, nullptr, false,
+                    p.projected + b * p.steps * 3 * H, 3 * H, p.lengths[b], 3 * H, I);
     }
 }
 
@@ -160,9 +160,9 @@ void gru_forward_sweep(const GruForward<T>& p, int64_t tile_begin, int64_t tile_
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) sweep_tile(p, tile);
 }
 
-#define DIEN_OPS_INSTANTIATE(T)                                                        \
-    template int64_t gru_forward_packed_size<kCapability, T>(int64_t, int64_t);        \
-    template void gru_forward_pack<kCapability, T>(const GruForward<T>&);              \
+#define DIEN_OPS_INSTANTIATE(T)                                                              \
+    template int64_t gru_forward_packed_size<kCapability, T>(int64_t, int64_t);              \
+    template void gru_forward_pack<kCapability, T>(const GruForward<T>&);                    \
     template void gru_project_input<kCapability, T>(const GruForward<T>&, int64_t, int64_t); \
     template void gru_forward_sweep<kCapability, T>(const GruForward<T>&, int64_t, int64_t);
 DIEN_OPS_INSTANTIATE(float)

@@ -53,10 +53,10 @@ struct Arguments {
     std::vector<int64_t> projected_sizes() const { return {B, T, 3 * H}; }
 };
 
-Arguments read_arguments(const Tensor& input, const OptionalTensor& attention, const OptionalTensor& hx, const Tensor& weight_ih,
-                         const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-                         const OptionalTensor& lengths, const std::string& gate, bool reset_after, bool batch_first,
-                         bool reverse) {
+Arguments read_arguments(const Tensor& input, const OptionalTensor& attention, const OptionalTensor& hx,
+                         const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                         const OptionalTensor& bias_hh, const OptionalTensor& lengths, const std::string& gate,
+                         bool reset_after, bool batch_first, bool reverse) {
     Arguments a;
     a.gate = parse_gate(gate);
     a.reset_after = reset_after;
@@ -201,14 +201,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
             cpu::gru_backward_pack<target()>(p);
             parallel_tasks(p.tiles(), [&](int64_t tile) { cpu::gru_backward_sweep<target()>(p, tile, tile + 1); });
             parallel_tasks(p.batch, [&](int64_t b) { cpu::gru_backward_input<target()>(p, b, b + 1); });
-            parallel_ranges(3 * a.H, [&](int64_t begin, int64_t end) {
-                cpu::gru_backward_weights<target()>(p, begin, end);
-            });
+            parallel_ranges(3 * a.H, [&](int64_t begin, int64_t end) { cpu::gru_backward_weights<target()>(p, begin, end); });
         });
     });
     const Tensor absent = empty(none, a.dtype);
-    return {grad_input,     grad_attention, hx.has_value() ? grad_hx : absent,           grad_weight_ih,
-            grad_weight_hh, bias_ih.has_value() ? grad_bias_ih : absent, bias_hh.has_value() ? grad_bias_hh : absent};
+    return {grad_input,
+            grad_attention,
+            hx.has_value() ? grad_hx : absent,
+            grad_weight_ih,
+            grad_weight_hh,
+            bias_ih.has_value() ? grad_bias_ih : absent,
+            bias_hh.has_value() ? grad_bias_hh : absent};
 }
 
 }  // namespace
