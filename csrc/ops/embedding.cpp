@@ -34,7 +34,7 @@ T* state_pointer(const Tensor& t, const char* argument, const std::vector<int64_
 // make_rule(T, table_sizes, dtype) checks the rule's own tensors and gives the rule for weights of type T.
 template <typename MakeRule>
 void update_table(const Arguments& arguments, MakeRule&& make_rule) {
-    const auto& [weight, ids, grad, counts, padding_idx, l2] = arguments;
+    const Tensor &weight = arguments.weight, &ids = arguments.ids;
     check(weight.dim() == 2, "weight must be 2-D, got ", weight.dim(), "-D");
     check(ids.dim() == 1, "ids must be 1-D, got ", ids.dim(), "-D");
     const int64_t num_embeddings = weight.size(0), dim = weight.size(1), n = ids.size(0);
@@ -45,9 +45,9 @@ void update_table(const Arguments& arguments, MakeRule&& make_rule) {
         update.weight = state_pointer<T>(weight, "weight", {num_embeddings, dim}, dtype);
         update.dim = dim;
         const auto rule = make_rule(type, dtype);
-        const Tensor dense_grad = checked(grad, "grad", {n, dim}, dtype);
-        const MiniBatch<T> batch =
-            group_by_id(ids, pointer<T>(dense_grad), num_embeddings, dim, Counts(counts, num_embeddings), l2, padding_idx);
+        const Tensor dense_grad = checked(arguments.grad, "grad", {n, dim}, dtype);
+        const MiniBatch<T> batch = group_by_id(ids, pointer<T>(dense_grad), num_embeddings, dim,
+                                               Counts(arguments.counts, num_embeddings), arguments.l2, arguments.padding_idx);
         update.segments = batch.segments.data();
         update.gradient_rows = batch.gradient_rows.data();
 
