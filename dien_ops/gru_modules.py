@@ -195,7 +195,8 @@ class GRU(_Recurrent):
             expected = (self.num_layers * len(self._directions), batch, self.hidden_size)
             if tuple(hx.shape) != expected:
                 raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.shape)}")
-        layer_input, states = input, list[Tensor]()
+        layer_input = input
+        states: list[Tensor] = []
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0:
                 layer_input = F.dropout(layer_input, self.dropout, self.training)

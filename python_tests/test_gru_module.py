@@ -256,3 +256,30 @@ def test_cells_name_bad_input():
         dien_ops.AUGRU(3, 5, gate="input")
     with pytest.raises(TypeError, match="attention must be a Tensor"):
         cell(x, None)
+
+
+# ------------------------------------------------------------------------------------------------- torch's toolbox
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "dropout": 0.5}], ids=["one", "many"])
+def test_gru_compiles_to_one_graph_for_all_sizes(options):
+    gru = dien_ops.GRU(3, 5, batch_first=True, dtype=D, **options).eval()
+    compiled = torch.compile(gru, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, steps in [(3, 5), (4, 7)]:
+        x, lengths = leaf(batch, steps, 3), torch.arange(batch) % (steps + 1)
+        results = []
+        for module in (gru, compiled):
+            output, h_n = module(x, lengths=lengths)
+            results.append([output, h_n, *torch.autograd.grad(output.sum() + h_n.sum(), [x, *gru.parameters()])])
+        assert_close(results[1], results[0], 0.0)
+
+
+def test_gru_exports_with_dynamic_batch_and_time():
+    gru = dien_ops.GRU(3, 5, num_layers=2, batch_first=True)
+    batch, steps = torch.export.Dim("batch", min=2), torch.export.Dim("steps", min=2)
+    sizes = {"input": {0: batch, 1: steps}, "lengths": {0: batch}}
+    exported = torch.export.export(
+        gru, (torch.randn(3, 4, 3),), kwargs={"lengths": torch.tensor([4, 0, 2])}, dynamic_shapes=sizes
+    )
+    x, lengths = torch.randn(5, 9, 3), torch.tensor([9, 0, 1, 5, 2])
+    assert_close(exported.module()(x, lengths=lengths), gru(x, lengths=lengths), 0.0)

@@ -17,7 +17,7 @@ import dien_ops
 import dien_ops.info
 import dien_ops.selftest
 from dien_ops import functional, optim, reference
-from helpers import run_python
+from helpers import assert_close, run_python
 
 PACKAGE = Path(dien_ops.__file__).parent
 PUBLIC_CLASSES = [x for name in dien_ops.__all__ if inspect.isclass(x := getattr(dien_ops, name))]
@@ -153,3 +153,40 @@ def test_the_readmes_examples_run():
         )  # compiled elsewhere, in no compiler's time
     assert names["output"].shape == (128, 50, 36) and names["interest"].shape == (1, 1, 200, 36)
     assert names["items"].counts[[0, 3, 7]].tolist() == [0, 1, 2]
+
+
+class WholeModel(torch.nn.Module):
+    """Every module in one forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extractor = dien_ops.GRU(8, 8, batch_first=True)
+        self.attention = dien_ops.BilinearAttention(8, 8)
+        self.evolution = dien_ops.AUGRU(8, 8, batch_first=True)
+        self.unit = dien_ops.LocalActivationUnit(8, activation="dice")
+        self.dice = dien_ops.Dice(16)
+        self.auxiliary_loss = dien_ops.AuxiliaryLoss()
+
+    def forward(self, history, targets, sampled, lengths):
+        states, _ = self.extractor(history, lengths=lengths)
+        scores = self.attention(states, targets, lengths=lengths)
+        _, interest = self.evolution(states, scores, lengths=lengths)
+        pooled = self.unit(targets, history, lengths=lengths)
+        loss = self.auxiliary_loss(states, history, sampled, lengths=lengths)
+        return self.dice(torch.cat([interest[0], pooled], dim=-1)).sum() + loss
+
+
+def test_a_whole_model_compiles_to_one_graph_and_trains_as_uncompiled():
+    model = WholeModel()
+    start = {name: x.clone() for name, x in model.state_dict().items()}
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)  # the default backend: what users run
+    for batch, steps in [(5, 7), (6, 9)]:
+        history, targets, sampled = torch.randn(batch, steps, 8), torch.randn(batch, 3, 8), torch.randn(batch, steps, 8)
+        lengths = torch.arange(batch) * steps // (batch - 1)
+        results = []
+        for run in (model, compiled):
+            model.load_state_dict(start)  # Dice's moving averages move
+            loss = run(history, targets, sampled, lengths)
+            grads = torch.autograd.grad(loss, list(model.parameters()))
+            results.append([loss, *grads, *(x.clone() for x in model.buffers())])
+        assert_close(results[1], results[0], 1e-5)  # float32, and the compiler may order sums otherwise
