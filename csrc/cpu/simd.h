@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "cpu/capability.h"
 
 namespace dien_ops::cpu {
@@ -32,6 +36,37 @@ struct NativeVector<double> {
     typedef int64_t Bits __attribute__((vector_size(kVectorBytes)));
 };
 
+// The first n lanes of a vector, from and to memory. Rows are seldom a whole number of vectors long, so this is worth the
+// processor's masked instructions; the loops serve every other processor.
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+inline NativeVector<float>::Floats load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps((1u << n) - 1, p); }
+inline NativeVector<double>::Floats load_first(const double* p, int64_t n) { return _mm512_maskz_loadu_pd((1u << n) - 1, p); }
+inline void store_first(NativeVector<float>::Floats v, float* p, int64_t n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, v); }
+inline void store_first(NativeVector<double>::Floats v, double* p, int64_t n) { _mm512_mask_storeu_pd(p, (1u << n) - 1, v); }
+#elif defined(__AVX2__)
+inline __m256i first_lanes_32(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i first_lanes_64(int64_t n) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+inline NativeVector<float>::Floats load_first(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes_32(n)); }
+inline NativeVector<double>::Floats load_first(const double* p, int64_t n) { return _mm256_maskload_pd(p, first_lanes_64(n)); }
+inline void store_first(NativeVector<float>::Floats v, float* p, int64_t n) { _mm256_maskstore_ps(p, first_lanes_32(n), v); }
+inline void store_first(NativeVector<double>::Floats v, double* p, int64_t n) { _mm256_maskstore_pd(p, first_lanes_64(n), v); }
+#else
+template <typename T>
+typename NativeVector<T>::Floats load_first(const T* p, int64_t n) {
+    typename NativeVector<T>::Floats result{};
+    for (int64_t i = 0; i < n; ++i) result[i] = p[i];
+    return result;
+}
+template <typename T, typename Floats>
+void store_first(Floats v, T* p, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+#endif
+
 template <typename T>
 struct Vec {
     static constexpr int64_t kSize = kVectorBytes / sizeof(T);
@@ -49,17 +84,9 @@ struct Vec {
         return result;
     }
     // Reads the first n elements (0 <= n <= kSize) and fills the rest with 0.
-    static Vec load(const T* p, int64_t n) {
-        if (n == kSize) return load(p);
-        Vec result;
-        for (int64_t i = 0; i < n; ++i) result.v[i] = p[i];
-        return result;
-    }
+    static Vec load(const T* p, int64_t n) { return n == kSize ? load(p) : Vec(load_first(p, n)); }
     void store(T* p) const { std::memcpy(p, &v, sizeof(Native)); }
-    void store(T* p, int64_t n) const {
-        if (n == kSize) return store(p);
-        for (int64_t i = 0; i < n; ++i) p[i] = v[i];
-    }
+    void store(T* p, int64_t n) const { n == kSize ? store(p) : store_first(v, p, n); }
 
     friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
     friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
