@@ -36,27 +36,49 @@ void pack(const T* source, int64_t stride_k, int64_t stride_n, int64_t K, int64_
     }
 }
 
-// One register tile: C[kRows, width] (+)= A B, width <= kPanelWidth.
-template <int64_t kRows, typename T>
+// The lanes of vector v that lie within `width` columns.
+template <typename T>
+int64_t lanes_of(int64_t v, int64_t width) {
+    const int64_t left = width - v * Vec<T>::kSize;
+    return left < Vec<T>::kSize ? left : Vec<T>::kSize;
+}
+
+// Calls f.operator()<vectors>() with the number of vectors that `width` columns take, 1..kTileVectors.
+template <typename T, typename F>
+void with_vectors(int64_t width, F&& f) {
+    static_assert(kTileVectors == 3);
+    if (width > 2 * Vec<T>::kSize) return f.template operator()<3>();
+    if (width > Vec<T>::kSize) return f.template operator()<2>();
+    return f.template operator()<1>();
+}
+
+// Calls f.operator()<rows>(m) for tiles of rows that together cover 0..M-1.
+template <typename F>
+void for_row_tiles(int64_t M, F&& f) {
+    int64_t m = 0;
+    for (; m + kTileRows <= M; m += kTileRows) f.template operator()<kTileRows>(m);
+    for (; m < M; ++m) f.template operator()<1>(m);
+}
+
+// One register tile: C[kRows, width] (+)= A B, width <= kVectors vectors.
+template <int64_t kRows, int64_t kVectors, typename T>
 void multiply_tile(const T* a, int64_t lda, const T* panel, int64_t K, const T* bias, bool accumulate, T* c, int64_t ldc,
                    int64_t width) {
     constexpr int64_t kSize = Vec<T>::kSize;
-    Vec<T> sums[kRows][kTileVectors];
+    Vec<T> sums[kRows][kVectors];
     for (int64_t k = 0; k < K; ++k) {
-        Vec<T> b[kTileVectors];
+        Vec<T> b[kVectors];
 #pragma GCC unroll 3
-        for (int64_t v = 0; v < kTileVectors; ++v) b[v] = Vec<T>::load(panel + k * kPanelWidth<T> + v * kSize);
+        for (int64_t v = 0; v < kVectors; ++v) b[v] = Vec<T>::load(panel + k * kPanelWidth<T> + v * kSize);
 #pragma GCC unroll 8
         for (int64_t m = 0; m < kRows; ++m) {
             const Vec<T> a_mk(a[m * lda + k]);
 #pragma GCC unroll 3
-            for (int64_t v = 0; v < kTileVectors; ++v) sums[m][v] += a_mk * b[v];
+            for (int64_t v = 0; v < kVectors; ++v) sums[m][v] += a_mk * b[v];
         }
     }
-    for (int64_t v = 0; v < kTileVectors; ++v) {
-        const int64_t left = width - v * kSize;
-        if (left <= 0) break;
-        const int64_t lanes = left < kSize ? left : kSize;
+    for (int64_t v = 0; v < kVectors; ++v) {
+        const int64_t lanes = lanes_of<T>(v, width);
         const Vec<T> start = bias != nullptr ? Vec<T>::load(bias + v * kSize, lanes) : Vec<T>();
         for (int64_t m = 0; m < kRows; ++m) {
             T* const p = c + m * ldc + v * kSize;
@@ -73,52 +95,36 @@ void multiply(const T* a, int64_t lda, const T* packed_b, const T* bias, bool ac
         const T* panel = packed_b + n * K;
         const int64_t width = N - n < kPanelWidth<T> ? N - n : kPanelWidth<T>;
         const T* panel_bias = bias != nullptr ? bias + n : nullptr;
-        int64_t m = 0;
-        for (; m + kTileRows <= M; m += kTileRows) {
-            multiply_tile<kTileRows>(a + m * lda, lda, panel, K, panel_bias, accumulate, c + m * ldc + n, ldc, width);
-        }
-        for (; m < M; ++m) {
-            multiply_tile<1>(a + m * lda, lda, panel, K, panel_bias, accumulate, c + m * ldc + n, ldc, width);
-        }
+        with_vectors<T>(width, [&]<int64_t kVectors>() {
+            for_row_tiles(M, [&]<int64_t kRows>(int64_t m) {
+                multiply_tile<kRows, kVectors>(a + m * lda, lda, panel, K, panel_bias, accumulate, c + m * ldc + n, ldc, width);
+            });
+        });
     }
 }
 
-// One register tile of accumulate_outer: C[kRows, width] += A^T B.
-template <int64_t kRows, typename T>
+// One register tile of accumulate_outer: C[kRows, width] += A^T B, with all kVectors vectors full or, where kVectors is 1,
+// `width` lanes of one.
+template <int64_t kRows, int64_t kVectors, typename T>
 void outer_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K, T* c, int64_t ldc, int64_t width) {
     constexpr int64_t kSize = Vec<T>::kSize;
-    Vec<T> sums[kRows][kTileVectors];
-    if (width == kPanelWidth<T>) {
-        for (int64_t k = 0; k < K; ++k) {
-            Vec<T> row[kTileVectors];
+    const int64_t lanes = kVectors == 1 ? width : kSize;
+    Vec<T> sums[kRows][kVectors];
+    for (int64_t k = 0; k < K; ++k) {
+        Vec<T> row[kVectors];
 #pragma GCC unroll 3
-            for (int64_t v = 0; v < kTileVectors; ++v) row[v] = Vec<T>::load(b + k * ldb + v * kSize);
+        for (int64_t v = 0; v < kVectors; ++v) row[v] = Vec<T>::load(b + k * ldb + v * kSize, lanes);
 #pragma GCC unroll 8
-            for (int64_t m = 0; m < kRows; ++m) {
-                const Vec<T> a_km(a[k * lda + m]);
+        for (int64_t m = 0; m < kRows; ++m) {
+            const Vec<T> a_km(a[k * lda + m]);
 #pragma GCC unroll 3
-                for (int64_t v = 0; v < kTileVectors; ++v) sums[m][v] += a_km * row[v];
-            }
+            for (int64_t v = 0; v < kVectors; ++v) sums[m][v] += a_km * row[v];
         }
-        for (int64_t m = 0; m < kRows; ++m) {
-            for (int64_t v = 0; v < kTileVectors; ++v) {
-                T* p = c + m * ldc + v * kSize;
-                (Vec<T>::load(p) + sums[m][v]).store(p);
-            }
-        }
-        return;
     }
-    // The last columns, fewer than a panel: a vector at a time.
-    for (int64_t n = 0; n < width; n += kSize) {
-        const int64_t lanes = width - n < kSize ? width - n : kSize;
-        Vec<T> column[kRows];
-        for (int64_t k = 0; k < K; ++k) {
-            const Vec<T> row = Vec<T>::load(b + k * ldb + n, lanes);
-            for (int64_t m = 0; m < kRows; ++m) column[m] += Vec<T>(a[k * lda + m]) * row;
-        }
-        for (int64_t m = 0; m < kRows; ++m) {
-            T* p = c + m * ldc + n;
-            (Vec<T>::load(p, lanes) + column[m]).store(p, lanes);
+    for (int64_t m = 0; m < kRows; ++m) {
+        for (int64_t v = 0; v < kVectors; ++v) {
+            T* const p = c + m * ldc + v * kSize;
+            (Vec<T>::load(p, lanes) + sums[m][v]).store(p, lanes);
         }
     }
 }
@@ -126,14 +132,16 @@ void outer_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K, T* 
 // C[M, N] += A[K, M]^T B[K, N]. Call it with blocks of K that fit the cache.
 template <typename T>
 void accumulate_outer(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t M, int64_t N, int64_t K) {
-    for (int64_t n = 0; n < N; n += kPanelWidth<T>) {
-        const int64_t width = N - n < kPanelWidth<T> ? N - n : kPanelWidth<T>;
-        int64_t m = 0;
-        for (; m + kTileRows <= M; m += kTileRows) {
-            outer_tile<kTileRows>(a + m, lda, b + n, ldb, K, c + m * ldc + n, ldc, width);
-        }
-        for (; m < M; ++m) outer_tile<1>(a + m, lda, b + n, ldb, K, c + m * ldc + n, ldc, width);
-    }
+    constexpr int64_t kSize = Vec<T>::kSize;
+    const auto columns = [&]<int64_t kVectors>(int64_t n, int64_t width) {
+        for_row_tiles(M, [&]<int64_t kRows>(int64_t m) {
+            outer_tile<kRows, kVectors>(a + m, lda, b + n, ldb, K, c + m * ldc + n, ldc, width);
+        });
+    };
+    int64_t n = 0;
+    for (; n + 3 * kSize <= N; n += 3 * kSize) columns.template operator()<3>(n, 3 * kSize);
+    if (n + 2 * kSize <= N) columns.template operator()<2>(n, 2 * kSize), n += 2 * kSize;
+    for (; n < N; n += kSize) columns.template operator()<1>(n, N - n < kSize ? N - n : kSize);
 }
 
 }  // namespace

@@ -223,18 +223,16 @@ void reset_state(const T* r, const T* h, int64_t H, T* reset) {
     });
 }
 
-// Gradients of rows [begin, end) of the 3H rows of weight_hh and bias_hh, from one row of the batch, added to weight
-// [end - begin, H] and bias [end - begin]. In grad_gates, the gradients of these rows' products with h stand `shift` behind
-// their place in weight_hh.
+// Gradients of rows [begin, end) of the 3H rows of weight_hh, from one row of the batch, added to weight [end - begin, H]. In
+// grad_gates, the gradients of these rows' products with h stand `shift` behind their place in weight_hh.
 template <typename T>
 void add_recurrent_weights(const GruBackward<T>& p, int64_t row, int64_t begin, int64_t end, int64_t shift, T* reset_states,
-                           T* weight, T* bias) {
+                           T* weight) {
     const int64_t H = p.hidden_size, G = p.gates_size(), length = p.length(row);
     if (begin >= end || length == 0) return;
     const bool resets = !p.reset_after && begin >= 2 * H;  // U_n is multiplied with r h, not with h
     const T* const gates = p.gates + row * p.steps * G;
     const T* const grads = p.grad_gates + row * p.steps * G + shift + begin;
-    add_column_sums(grads, G, length, end - begin, bias);
 
     // The times of the steps that have a predecessor in the output, and those of the predecessors: both run upwards.
     const int64_t t0 = p.reverse ? 0 : 1, before = p.reverse ? 1 : 0, count = length - 1;
@@ -294,7 +292,8 @@ void gru_backward_weights(const GruBackward<T>& p, int64_t begin, int64_t end) {
     constexpr int64_t kGroup = 16;
     const int64_t I = p.input_size, H = p.hidden_size, G = p.gates_size(), n = end - begin;
     const int64_t split = std::clamp(2 * H, begin, end);  // rows of r and z below, of n from here on
-    const Scratch<T> weight(n * std::max(I, H)), bias(n), reset_states(p.steps * H);
+    const Scratch<T> weight(n * std::max(I, H)), bias(2 * n), reset_states(p.steps * H);
+    T* const recurrent_bias = bias + n;  // of the rows from split on
     for (int64_t first = 0; first < p.batch; first += kGroup) {
         copy_or_zero<T>(nullptr, n * I, weight);
         for (int64_t b = first; b < std::min(first + kGroup, p.batch); ++b) {
@@ -306,21 +305,21 @@ void gru_backward_weights(const GruBackward<T>& p, int64_t begin, int64_t end) {
     }
     for (int64_t first = 0; first < p.rows(); first += kGroup) {
         const int64_t last = std::min(first + kGroup, p.rows());
-        copy_or_zero<T>(nullptr, n, bias);
-        for (int64_t row = first; row < last; ++row) {
-            add_column_sums<T>(p.grad_gates + row * p.steps * G + begin, G, p.length(row), n, bias);
-        }
-        add<T>(bias, n, p.grad_bias_ih + begin);
-
         copy_or_zero<T>(nullptr, n * H, weight);
-        copy_or_zero<T>(nullptr, n, bias);
+        copy_or_zero<T>(nullptr, 2 * n, bias);
         for (int64_t row = first; row < last; ++row) {
-            add_recurrent_weights<T>(p, row, begin, split, 0, reset_states, weight, bias);
-            add_recurrent_weights<T>(p, row, split, end, p.reset_after ? H : 0, reset_states, weight + (split - begin) * H,
-                                     bias + (split - begin));
+            const T* const grads = p.grad_gates + row * p.steps * G;
+            add_column_sums<T>(grads + begin, G, p.length(row), n, bias);
+            if (p.reset_after) add_column_sums<T>(grads + split + H, G, p.length(row), end - split, recurrent_bias);
+            add_recurrent_weights<T>(p, row, begin, split, 0, reset_states, weight);
+            add_recurrent_weights<T>(p, row, split, end, p.reset_after ? H : 0, reset_states, weight + (split - begin) * H);
         }
         add<T>(weight, n * H, p.grad_weight_hh + begin * H);
-        add<T>(bias, n, p.grad_bias_hh + begin);
+        add<T>(bias, n, p.grad_bias_ih + begin);
+        // What is added to W x + U h is added to both biases; the reset, where it comes after the product, tells those of n
+        // apart.
+        add<T>(bias, split - begin, p.grad_bias_hh + begin);
+        add<T>(p.reset_after ? recurrent_bias : bias + (split - begin), end - split, p.grad_bias_hh + split);
     }
 }
 

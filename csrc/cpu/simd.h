@@ -47,9 +47,7 @@ inline void store_first(NativeVector<double>::Floats v, double* p, int64_t n) { 
 inline __m256i first_lanes_32(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-inline __m256i first_lanes_64(int64_t n) {
-    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
-}
+inline __m256i first_lanes_64(int64_t n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
 inline NativeVector<float>::Floats load_first(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes_32(n)); }
 inline NativeVector<double>::Floats load_first(const double* p, int64_t n) { return _mm256_maskload_pd(p, first_lanes_64(n)); }
 inline void store_first(NativeVector<float>::Floats v, float* p, int64_t n) { _mm256_maskstore_ps(p, first_lanes_32(n), v); }
