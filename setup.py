@@ -3,8 +3,10 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,23 +27,35 @@ class CMakeBuild(build_ext):
 
     tree = ROOT / "build" / f"{sys.implementation.cache_tag}-sanitize{os.environ.get('DIEN_OPS_SANITIZE', '0')}"
 
+    # cmake and ninja are Python packages too: they may lie beside an interpreter whose environment is not activated
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+
+    def run_cmake(self, *arguments: str) -> None:
+        cmake = shutil.which("cmake", path=self.path)
+        if cmake is None:
+            raise RuntimeError("building dien_ops needs cmake: pip install cmake")
+        subprocess.run([cmake, *arguments], check=True, env={**os.environ, "PATH": self.path})
+
     def build_extension(self, ext: Extension) -> None:
+        ninja = shutil.which("ninja", path=self.path)
+        if ninja is None:
+            raise RuntimeError("building dien_ops needs ninja: pip install ninja")
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        configure = [
-            "cmake", "-S", str(ROOT), "-B", str(self.tree), "-G", "Ninja", "--log-level=STATUS",
+        self.run_cmake(
+            "-S", str(ROOT), "-B", str(self.tree), "-G", "Ninja", "--log-level=STATUS",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",  # named anew each time: pip's isolated environments come and go
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DDIEN_OPS_VERSION={package_version()}",
             f"-DDIEN_OPS_SANITIZE={'ON' if os.environ.get('DIEN_OPS_SANITIZE') == '1' else 'OFF'}",
-        ]  # fmt: skip
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(self.tree), "--parallel", jobs], check=True)
+        )  # fmt: skip
+        self.run_cmake("--build", str(self.tree), "--parallel", jobs)
         self.install_into(Path(self.get_ext_fullpath(ext.name)).parent)
 
     def copy_extensions_to_source(self) -> None:  # editable installs and build_ext --inplace
         self.install_into(ROOT / "dien_ops")
 
     def install_into(self, package: Path) -> None:
-        subprocess.run(["cmake", "--install", str(self.tree), "--prefix", str(package.resolve())], check=True)
+        self.run_cmake("--install", str(self.tree), "--prefix", str(package.resolve()))
 
 
 setup(ext_modules=[Extension("dien_ops._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

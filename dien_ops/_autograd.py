@@ -37,16 +37,21 @@ def backward_of_backward(
         primals = [tracked(x) for x in primals]
         grad_outputs = [tracked(g) for g in grad_outputs]
         outputs = reference(*primals)
-        present = [(y, g) for y, g in zip(outputs, grad_outputs, strict=True) if g is not None]
+        # an output without elements may depend on nothing
+        present = [(y, g) for y, g in zip(outputs, grad_outputs, strict=True) if g is not None and y.requires_grad]
         wanted = [(x, gg) for x, gg in zip(primals, grad_grads, strict=True) if x is not None and x.requires_grad]
-        grads = torch.autograd.grad(
-            [y for y, _ in present],
-            [x for x, _ in wanted],
-            [g for _, g in present],
-            create_graph=True,
-            materialize_grads=True,
-        )
-        terms = [(g * gg).sum() for g, (_, gg) in zip(grads, wanted, strict=True) if gg is not None]
+        grads: Sequence[Tensor] = ()
+        if present:
+            grads = torch.autograd.grad(
+                [y for y, _ in present],
+                [x for x, _ in wanted],
+                [g for _, g in present],
+                create_graph=True,
+                materialize_grads=True,
+            )
+        terms = [
+            (g * gg).sum() for g, (_, gg) in zip(grads, wanted, strict=False) if gg is not None and g.requires_grad
+        ]
         variables = [x for x in [*grad_outputs, *primals] if x is not None and x.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(variables)
         if terms:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64)
 
@@ -31,6 +32,18 @@ def supported(name: str, value: Tensor) -> None:
         raise RuntimeError(f"{name} must be on the CPU, got {value.device}")
     if value.dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"{name} must be float32 or float64, got {str(value.dtype).removeprefix('torch.')}")
+    _not_dual(name, value)
+
+
+def _not_dual(name: str, value: Tensor) -> None:
+    """Forward-mode differentiation has no formulas here, and torch would take the derivative for zero."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{name} has a forward-mode tangent (torch.func.jvp, torch.autograd.forward_ad), and dien_ops "
+            f"differentiates in reverse mode only"
+        )
 
 
 def matches(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
@@ -44,6 +57,7 @@ def matches(reference_name: str, reference: Tensor, **others: Tensor | None) -> 
                 f"{name} must have the dtype of {reference_name}: expected {reference.dtype}, got {value.dtype}"
             )
         same_device(reference_name, reference, name, value)
+        _not_dual(name, value)
 
 
 def same_device(reference_name: str, reference: Tensor, name: str, value: Tensor) -> None:

@@ -128,6 +128,8 @@ def _run(
     """Checks what all cells share and calls the operator."""
     _checks.supported("input", input)
     _checks.rank("input", input, 3)
+    _checks.tensor("weight_ih", weight_ih)
+    _checks.tensor("weight_hh", weight_hh)
     tensors = {
         "attention": attention, "hx": hx, "weight_ih": weight_ih, "weight_hh": weight_hh,
         "bias_ih": bias_ih, "bias_hh": bias_hh,

@@ -31,10 +31,8 @@ def _check_sizes(input_size: int, hidden_size: int) -> None:
     for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
         if not isinstance(size, int):
             raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-    if hidden_size <= 0:
-        raise ValueError(f"hidden_size must be greater than zero, got {hidden_size}")
-    if input_size < 0:
-        raise ValueError(f"input_size must not be negative, got {input_size}")
+        if size <= 0:
+            raise ValueError(f"{name} must be greater than zero, got {size}")
 
 
 class _Recurrent(nn.Module):
@@ -90,7 +88,12 @@ class GRU(_Recurrent):
     * output as the input with N * H features, 0 behind a row's length; a PackedSequence where one came in
     * h_n as hx: each layer's and direction's state after its last valid step, hx where the length is 0
 
+    Differences from nn.GRU: derivatives are taken in reverse mode only (no ``torch.func.jvp``), through autograd and
+    not by ``torch.func.grad``; an output that backward still needs must not be changed in place. Export or trace under
+    ``torch.no_grad()`` for serving: with gradients enabled the graph also saves what backward would need.
+
     Raises:
+        TypeError: input is no Tensor.
         ValueError: wrong rank or dtype, lengths together with a PackedSequence.
         RuntimeError: wrong size or device, lengths outside 0..T.
 

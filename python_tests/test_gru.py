@@ -278,6 +278,35 @@ def test_gradgradcheck(gate, reset_after):
     assert gradgradcheck(f, tensors)
 
 
+def test_double_backward_of_an_empty_sequence_is_that_of_the_identity():
+    case = Case("none", steps=0)
+    output, h_n = case.call(functional)
+    (grad,) = torch.autograd.grad((h_n**2).sum() + output.sum(), [case.hx], create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), [case.hx])
+    assert_close([grad, second], [2 * case.hx, torch.full_like(case.hx, 2.0)])
+
+
+@pytest.mark.parametrize("gate", ["none", "paper"])
+def test_forward_mode_is_refused_rather_than_zero(gate):
+    case = Case(gate)
+    for i, x in enumerate(case.tensors):
+        if x is None:
+            continue
+
+        def f(dual, i=i):
+            return case.with_tensors([*case.tensors[:i], dual, *case.tensors[i + 1 :]]).call(functional)[1]
+
+        with pytest.raises(NotImplementedError, match="forward-mode tangent"):
+            torch.func.jvp(f, (x.detach(),), (torch.ones_like(x),))
+
+
+def test_the_operator_refuses_a_reversed_attentional_gru():
+    case = Case("paper", hx=False)
+    arguments = (*case.tensors, None, "paper", True, True, True, False)
+    with pytest.raises(RuntimeError, match="reverse must be false for every gate but none"):
+        torch.ops.dien_ops.gru(*arguments)
+
+
 def test_backward_without_saved_gates_says_so():
     case = Case("none")
     arguments = (case.input, None, case.hx, *case.weights, None, "none", True, True, False, False)
@@ -369,6 +398,7 @@ DOUBLE = {"dtype": torch.float64}
         ({"input": torch.zeros(3, 5, 3, dtype=torch.int64)}, ValueError, "input must be float32 or float64, got int64"),
         ({"input": torch.zeros(3, 5, 3)}, ValueError, "attention must have the dtype of input"),
         ({"input": torch.zeros(3, 5, 4, **DOUBLE)}, RuntimeError, r"weight_ih must have shape \[15, 4\]"),
+        ({"weight_ih": None}, TypeError, "weight_ih must be a Tensor, got NoneType"),
         ({"weight_hh": torch.zeros(14, 5, **DOUBLE)}, RuntimeError, r"weight_hh must have shape \[15, 5\]"),
         ({"bias_hh": torch.zeros(5, **DOUBLE)}, RuntimeError, r"bias_hh must have shape \[15\] \[3H\], got \[5\]"),
         ({"hx": torch.zeros(3, 4, **DOUBLE)}, RuntimeError, r"hx must have shape \[3, 5\] \[B, H\], got \[3, 4\]"),

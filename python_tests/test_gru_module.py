@@ -183,6 +183,7 @@ def test_a_wrong_hidden_size_is_reported_in_nn_grus_words():
 @pytest.mark.parametrize(
     "arguments, error",
     [
+        ({"input_size": 0}, ValueError),
         ({"hidden_size": 0}, ValueError),
         ({"hidden_size": 5.0}, TypeError),
         ({"num_layers": 0}, ValueError),

@@ -66,6 +66,7 @@ Arguments read_arguments(const Tensor& input, const OptionalTensor& attention, c
     check(input.dim() == 3, "input must be 3-D, got shape ", to_string(sizes_of(input)));
     check(weight_hh.dim() == 2, "weight_hh must be 2-D, got shape ", to_string(sizes_of(weight_hh)));
     check(attention.has_value() == (a.gate != Gate::none), "attention must be given for every gate but none");
+    check(!reverse || a.gate == Gate::none, "reverse must be false for every gate but none");
     a.B = input.size(batch_first ? 0 : 1);
     a.T = input.size(batch_first ? 1 : 0);
     a.I = input.size(2);

@@ -87,6 +87,7 @@ inline std::vector<int64_t> read_lengths(const OptionalTensor& lengths, int64_t 
     check_sizes(*lengths, "lengths", {batch});
     const ScalarType dtype = lengths->scalar_type();
     check(dtype == ScalarType::Int || dtype == ScalarType::Long, "lengths must be int32 or int64");
+    check(lengths->is_cpu(), "lengths must be on the CPU as the other arguments are");
     const Tensor dense = lengths->is_contiguous() ? *lengths : torch::stable::contiguous(*lengths);
     for (int64_t b = 0; b < batch; ++b) {
         result[b] = dtype == ScalarType::Int ? pointer<int32_t>(dense)[b] : pointer<int64_t>(dense)[b];
