@@ -106,3 +106,22 @@ def fraction(name: str, value: float) -> None:
     """Raises ValueError for a number outside of [0, 1) and for NaN."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
+
+
+def number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def size(name: str, value: object) -> None:
+    """A size that a constructor is given: an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value <= 0:
+        raise ValueError(f"{name} must be greater than zero, got {value}")
+
+
+def tensors(name: str, value: object) -> None:
+    """A list of tensors, by its own type; the type of each is for the caller to check, who knows how many there are."""
+    if not isinstance(value, (Sequence, torch.nn.ParameterList)):
+        raise TypeError(f"{name} must be a sequence of Tensors, got {type(value).__name__}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dien_ops import _checks, reference
 from dien_ops._autograd import backward_of_backward
-from dien_ops.dice import Dice, update_running_statistics
+from dien_ops.dice import Dice, check_average, check_options, update_running_statistics
 
 ACTIVATIONS = ("sigmoid", "prelu", "dice")
 
@@ -183,7 +183,7 @@ def local_activation_unit(
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument has the wrong type; rank, dtype, name or number of tensors;
-            size, device or value.
+            size, device or value. After an error the moving averages are as they were.
 
     Example:
         >>> q, k = torch.randn(8, 18), torch.randn(8, 50, 18)
@@ -192,7 +192,8 @@ def local_activation_unit(
         >>> dien_ops.functional.local_activation_unit(q, k, weights, biases).shape
         torch.Size([8, 18])
     """
-    _check_arguments(query, keys, weights, biases, activation, alphas, running_means, running_vars, lengths)
+    _check_arguments(query, keys, weights, biases, activation, alphas, running_means, running_vars, lengths, training)
+    check_options(momentum, eps)
     dice = activation == "dice"
     if dice and not training and not running_means and len(weights) > 1:
         raise ValueError("running_means and running_vars are needed where training=False, got none")
@@ -225,6 +226,7 @@ def _check_arguments(
     running_means: Sequence[Tensor],
     running_vars: Sequence[Tensor],
     lengths: Tensor | None,
+    training: bool,
 ) -> None:
     _checks.one_of("activation", activation, ACTIVATIONS)
     _checks.supported("keys", keys)
@@ -236,6 +238,11 @@ def _check_arguments(
     several = query.dim() == 3
     expected = [batch, query.shape[1], features] if several else [batch, features]
     _checks.shape("query", query, expected, "[B, C, D]" if several else "[B, D]")
+    for name, tensors in (
+        ("weights", weights), ("biases", biases), ("alphas", alphas),
+        ("running_means", running_means), ("running_vars", running_vars),
+    ):  # fmt: skip
+        _checks.tensors(name, tensors)
     if len(weights) == 0:
         raise ValueError("weights must have at least one tensor, that of the output layer, got none")
     hidden = len(weights) - 1
@@ -267,8 +274,7 @@ def _check_arguments(
             _checks.matches("keys", keys, **{f"alphas[{i}]": alphas[i]})
         if i < averages:
             for name, average in (("running_means", running_means[i]), ("running_vars", running_vars[i])):
-                _checks.shape(f"{name}[{i}]", average, [outputs], "[outputs]")
-                _checks.same_device("keys", keys, f"{name}[{i}]", average)
+                check_average(f"{name}[{i}]", average, "keys", keys, outputs, training)
         inputs = outputs
     _checks.lengths(lengths, batch, keys.device)
 
@@ -281,14 +287,15 @@ class LocalActivationUnit(nn.Module):
 
     ``layers`` holds one :class:`torch.nn.Linear` per layer, so that weights of a composed model load as they are; the
     first one takes ``[q, k, q - k, q * k]``. ``activations`` holds one :class:`torch.nn.Sigmoid`,
-    :class:`torch.nn.PReLU` or :class:`dien_ops.Dice` per hidden layer. Of several Dice, eps and momentum of the first
-    count for all.
+    :class:`torch.nn.PReLU` or :class:`dien_ops.Dice` per hidden layer. Their parameters may change, not their kind;
+    several Dice share one eps and one momentum. One Dice in evaluation mode puts all of the unit's in it: they take the
+    moving averages for the statistics, and leave them as they are.
 
     The defaults are the released code's network, 80-40-1 with sigmoids, without its softmax, as in the paper.
 
     Args:
-        embedding_dim: D, the size of the query and of each key.
-        hidden_sizes: of the hidden layers, any number.
+        embedding_dim: D >= 1, the size of the query and of each key.
+        hidden_sizes: of the hidden layers, any number of them, each >= 1.
         activation: ``"sigmoid"``, ``"prelu"`` or ``"dice"``.
         softmax: normalise the scores over the valid steps; the paper does not.
         device, dtype: of the parameters.
@@ -298,6 +305,7 @@ class LocalActivationUnit(nn.Module):
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument has the wrong type; rank or dtype; size, device or value.
+        ValueError: a submodule was replaced by one that the unit does not compute.
 
     Example:
         >>> unit = dien_ops.LocalActivationUnit(36)
@@ -315,6 +323,11 @@ class LocalActivationUnit(nn.Module):
     ) -> None:
         super().__init__()
         _checks.one_of("activation", activation, ACTIVATIONS)
+        _checks.size("embedding_dim", embedding_dim)
+        if not isinstance(hidden_sizes, Sequence):
+            raise TypeError(f"hidden_sizes must be a sequence of ints, got {type(hidden_sizes).__name__}")
+        for i, size in enumerate(hidden_sizes):
+            _checks.size(f"hidden_sizes[{i}]", size)
         self.embedding_dim, self.hidden_sizes = embedding_dim, tuple(hidden_sizes)
         self.activation, self.softmax = activation, softmax
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -332,10 +345,12 @@ class LocalActivationUnit(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Args: query ``[B, D]`` or ``[B, C, D]``, keys ``[B, T, D]``, lengths ``[B]``. Returns pooled ``[B, D]`` or
         ``[B, C, D]``, and where asked for the scores ``[B, T]`` or ``[B, C, T]``."""
+        self._check_submodules()
+        layers = [x for x in self.layers if isinstance(x, nn.Linear)]
         prelus = [x for x in self.activations if isinstance(x, nn.PReLU)]
         dices = [x for x in self.activations if isinstance(x, Dice)]
         options = {"eps": dices[0].eps, "momentum": dices[0].momentum} if dices else {}
-        layers = [x for x in self.layers if isinstance(x, nn.Linear)]
+        training = self.training and all(x.training for x in dices)
         result = local_activation_unit(
             query,
             keys,
@@ -345,16 +360,43 @@ class LocalActivationUnit(nn.Module):
             alphas=[x.weight for x in prelus] + [x.alpha for x in dices],
             running_means=[x.running_mean for x in dices],
             running_vars=[x.running_var for x in dices],
-            training=self.training,
+            training=training,
             softmax=self.softmax,
             lengths=lengths,
             return_scores=return_scores,
             **options,
         )
-        if self.training:
+        if training:
             for x in dices:
                 x.num_batches_tracked.add_(1)
         return result
+
+    def _check_submodules(self) -> None:
+        """The unit reads its submodules' parameters and calls none of them: it must be what they would compute."""
+        hidden = len(self.hidden_sizes)
+        kind = {"sigmoid": nn.Sigmoid, "prelu": nn.PReLU, "dice": Dice}[self.activation]
+        for name, modules, number, expected in (
+            ("layers", self.layers, hidden + 1, nn.Linear), ("activations", self.activations, hidden, kind),
+        ):  # fmt: skip
+            if len(modules) != number:
+                raise ValueError(f"{name} must have {number} modules, got {len(modules)}")
+            for i, module in enumerate(modules):
+                if not isinstance(module, expected):
+                    raise ValueError(
+                        f"{name}[{i}] must be a {expected.__name__} with activation={self.activation!r}, "
+                        f"got {type(module).__name__}"
+                    )
+        dices = [x for x in self.activations if isinstance(x, Dice)]
+        for i, dice in enumerate(dices):
+            if (dice.eps, dice.momentum) != (dices[0].eps, dices[0].momentum):
+                raise ValueError(
+                    f"activations[{i}] must have the eps and momentum of activations[0], {dices[0].eps} and "
+                    f"{dices[0].momentum}, got {dice.eps} and {dice.momentum}"
+                )
+            if dice.affine:
+                raise ValueError(
+                    f"activations[{i}] must be a Dice with affine=False: the unit's has no weight and bias"
+                )
 
     def extra_repr(self) -> str:
         return (

@@ -90,6 +90,7 @@ def bilinear_attention(states: Tensor, target: Tensor, weight: Tensor, *, length
         ``[B, T]``, or ``[B, C, T]`` for C targets.
 
     Raises:
+        TypeError: an argument is no Tensor.
         ValueError: a wrong rank or dtype.
         RuntimeError: a wrong size or device, or lengths outside 0..T.
 
@@ -127,8 +128,8 @@ class BilinearAttention(nn.Module):
     have unit variance, so that the softmax starts neither flat nor saturated. The paper does not say how it starts.
 
     Args:
-        hidden_size: H, the size of the states.
-        target_size: A, the size of the target's embedding.
+        hidden_size: H >= 1, the size of the states.
+        target_size: A >= 1, the size of the target's embedding.
         device, dtype: of the parameter.
 
     Shapes: states [B, T, H], target [B, A] or [B, C, A], lengths [B]; scores [B, T] or [B, C, T].
@@ -145,6 +146,8 @@ class BilinearAttention(nn.Module):
         self, hidden_size: int, target_size: int, device: Any = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
+        _checks.size("hidden_size", hidden_size)
+        _checks.size("target_size", target_size)
         self.hidden_size, self.target_size = hidden_size, target_size
         self.weight = nn.Parameter(torch.empty(hidden_size, target_size, device=device, dtype=dtype))
         self.reset_parameters()

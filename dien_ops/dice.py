@@ -128,22 +128,32 @@ def dice(
     Args:
         input: ``[N, C]``, or ``[B, T, C]`` with C channels last; float32 or float64. Any strides.
         alpha: ``[C]``, the slope where the gate is closed.
-        running_mean, running_var: ``[C]`` moving averages, both or neither; needed with ``training=False``.
+        running_mean, running_var: ``[C]`` moving averages, both or neither; needed with ``training=False``. Of the
+            input's dtype, or float64.
         weight, bias: ``[C]``, optional affine parameters; the paper has none.
+        training: take the batch's statistics; else the moving averages.
+        momentum: the weight of the newest batch in the moving averages, in 0..1: with 0 they never move, with 1 they
+            are the newest batch's statistics.
+        eps: finite and >= 0, is added to the standard deviation; 0 gives NaN where a channel is constant.
         lengths: ``[B]`` int32 or int64, each in 0..T; with a ``[B, T, C]`` input only.
 
     Returns:
         The shape and dtype of ``input``.
 
     Raises:
-        ValueError: a wrong rank or dtype, or moving averages that are missing.
-        RuntimeError: a wrong size or device, or lengths outside 0..T.
+        TypeError: an argument is no Tensor, or momentum or eps no number.
+        ValueError: a wrong rank or dtype, moving averages that are missing, momentum or eps out of range.
+        RuntimeError: a wrong size or device, lengths outside 0..T, or, with ``training=True``, moving averages whose
+            elements share memory (an expanded tensor).
+
+        After an error the moving averages are as they were.
 
     Example:
         >>> s = torch.randn(32, 80)
         >>> y = dien_ops.functional.dice(s, alpha=torch.zeros(80))
     """
-    _check_arguments(input, alpha, running_mean, running_var, weight, bias, lengths)
+    _check_arguments(input, alpha, running_mean, running_var, weight, bias, lengths, training)
+    check_options(momentum, eps)
     output: Tensor
     if training:
         output, mean, var = torch.ops.dien_ops.dice(input, alpha, None, None, weight, bias, lengths, eps)
@@ -156,6 +166,28 @@ def dice(
     mean, var = running_mean.to(input.dtype), running_var.to(input.dtype)
     output, _, _ = torch.ops.dien_ops.dice(input, alpha, mean, var, weight, bias, lengths, eps)
     return output
+
+
+def check_options(momentum: float, eps: float) -> None:
+    """Raises TypeError for what is no number; ValueError for a momentum outside of [0, 1] or an eps below 0."""
+    _checks.number("momentum", momentum)
+    _checks.number("eps", eps)
+    if not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"momentum must be in [0, 1], got {momentum}")
+    _checks.non_negative("eps", eps)
+
+
+def check_average(name: str, value: Tensor, input_name: str, input: Tensor, channels: int, training: bool) -> None:
+    """That a moving average can be read and, in training, be written: several are, and none alone."""
+    _checks.tensor(name, value)
+    _checks.same_device(input_name, input, name, value)
+    _checks.shape(name, value, [channels], "[C]")
+    if value.dtype not in (input.dtype, torch.float64):
+        raise ValueError(
+            f"{name} must have the dtype of {input_name}, {input.dtype}, or torch.float64, got {value.dtype}"
+        )
+    if training and channels > 1 and value.stride(0) == 0:
+        raise RuntimeError(f"{name} must not be an expanded tensor, one element for all channels, with training=True")
 
 
 @torch.no_grad()
@@ -177,6 +209,7 @@ def _check_arguments(
     weight: Tensor | None,
     bias: Tensor | None,
     lengths: Tensor | None,
+    training: bool,
 ) -> None:
     _checks.supported("input", input)
     _checks.rank("input", input, 2, 3)
@@ -184,17 +217,11 @@ def _check_arguments(
     _checks.matches("input", input, alpha=alpha, weight=weight, bias=bias)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given together, got one of them")
-    channels = {
-        "alpha": alpha,
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "weight": weight,
-        "bias": bias,
-    }
-    for name, value in channels.items():
+    for name, value in (("alpha", alpha), ("weight", weight), ("bias", bias)):
+        _checks.shape(name, value, [input.size(-1)], "[C]")
+    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
         if value is not None:
-            _checks.shape(name, value, [input.size(-1)], "[C]")
-            _checks.same_device("input", input, name, value)
+            check_average(name, value, "input", input, input.size(-1), training)
     if lengths is not None and input.dim() == 2:
         raise ValueError("lengths need an input of shape [B, T, C], got a 2-D input")
     _checks.lengths(lengths, input.size(0), input.device)
@@ -212,9 +239,11 @@ class Dice(nn.Module):
     ``num_batches_tracked`` are those of :class:`torch.nn.BatchNorm1d`.
 
     Args:
-        num_features: C, the size of the last axis.
-        eps: is added to the standard deviation, as in the paper; not to the variance.
-        momentum: the weight of the newest batch in the moving averages.
+        num_features: C >= 1, the size of the last axis.
+        eps: is added to the standard deviation, as in the paper; not to the variance. Finite and >= 0; 0 gives NaN
+            where a channel is constant.
+        momentum: the weight of the newest batch in the moving averages, in 0..1. There is no ``None``, by which
+            :class:`torch.nn.BatchNorm1d` means the average over all batches.
         affine: learn a scale and an offset of the gate's argument; not in the paper.
         device, dtype: of the parameters and the moving averages.
 
@@ -244,6 +273,8 @@ class Dice(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _checks.size("num_features", num_features)
+        check_options(momentum, eps)
         factory = {"device": device, "dtype": dtype}
         self.num_features, self.eps, self.momentum, self.affine = num_features, eps, momentum, affine
         self.alpha = nn.Parameter(torch.empty(num_features, **factory))

@@ -309,6 +309,17 @@ DICE = {"activation": "dice", "alphas": B[:1]}
         (RuntimeError, r"query must have shape \[2, 3\] \[B, D\], got \[2, 4\]", {"query": torch.zeros(2, 4)}),
         (RuntimeError, r"query must have shape \[2, 7, 3\] \[B, C, D\]", {"query": torch.zeros(1, 7, 3)}),
         (ValueError, "activation must be one of 'sigmoid', 'prelu', 'dice', got 'relu'", {"activation": "relu"}),
+        (TypeError, "weights must be a sequence of Tensors, got NoneType", {"weights": None}),
+        (TypeError, "weights must be a sequence of Tensors, got Tensor", {"weights": W[0]}),
+        (TypeError, "biases must be a sequence of Tensors, got NoneType", {"biases": None}),
+        (TypeError, "alphas must be a sequence of Tensors, got NoneType", {"alphas": None}),
+        (TypeError, "running_means must be a sequence of Tensors, got NoneType", {"running_means": None}),
+        (TypeError, "running_vars must be a sequence of Tensors, got NoneType", {"running_vars": None}),
+        (TypeError, r"weights\[1\] must be a Tensor, got NoneType", {"weights": [W[0], None]}),
+        (TypeError, r"biases\[0\] must be a Tensor, got list", {"biases": [[0.0] * 5, B[1]]}),
+        (TypeError, "momentum must be a number, got NoneType", {"momentum": None}),
+        (ValueError, r"momentum must be in \[0, 1\], got 5.0", {"momentum": 5.0}),
+        (ValueError, "eps must be finite and >= 0, got -1", {"eps": -1}),
         (ValueError, "weights must have at least one tensor", {"weights": [], "biases": []}),
         (ValueError, "biases must have 2 tensors with 2 weights .*, got 1", {"biases": B[:1]}),
         (ValueError, "alphas must have 1 tensors .* activation='prelu', got 0", {"activation": "prelu"}),
@@ -329,6 +340,87 @@ def test_a_wrong_argument_is_named(error, message, change):
         functional.local_activation_unit(**(given | change))
 
 
-def test_the_module_refuses_an_unknown_activation():
-    with pytest.raises(ValueError, match="activation must be one of"):
-        dien_ops.LocalActivationUnit(3, activation="relu")
+@pytest.mark.parametrize(
+    ("error", "message", "average"),
+    [
+        (TypeError, r"{}\[1\] must be a Tensor, got list", [1.0, 1.0]),
+        (ValueError, r"{}\[1\] must have the dtype of keys, torch.float32, .* got torch.int64", torch.ones(2).long()),
+        (RuntimeError, r"{}\[1\] must have shape \[2\] \[C\], got \[3\]", torch.ones(3)),
+        (RuntimeError, r"{}\[1\] must not be an expanded tensor", torch.ones(1).expand(2)),
+    ],
+)
+@pytest.mark.parametrize("name", ["running_means", "running_vars"])
+def test_an_unusable_moving_average_is_named_and_no_layers_are_moved(name, error, message, average):
+    case = Case((4, None, 6, 3, (5, 2)), "dice", torch.float32)
+    given = {
+        x: getattr(case, x)
+        for x in ("query", "keys", "weights", "biases", "alphas", "lengths", "running_means", "running_vars")
+    }
+    given[name] = [given[name][0], average]
+    averages = [given["running_means"][0], given["running_vars"][0]]
+    before = [x.clone() for x in averages]
+    with pytest.raises(error, match=message.format(name)):
+        functional.local_activation_unit(**given, activation="dice")
+    assert all(torch.equal(x, y) for x, y in zip(averages, before, strict=True))
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1)])
+def test_a_dice_in_evaluation_mode_freezes_the_statistics_of_a_unit_in_training(frozen):
+    unit = dien_ops.LocalActivationUnit(3, (4, 2), "dice")
+    unit(torch.randn(5, 3), torch.randn(5, 6, 3))
+    for i in frozen:
+        unit.activations[i].eval()
+    before, query, keys = state(unit), torch.randn(5, 3), torch.randn(5, 6, 3)
+    found = unit(query, keys)
+    assert all(torch.equal(value, before[name]) for name, value in unit.state_dict().items())
+    assert torch.equal(found, unit.eval()(query, keys))
+
+
+@pytest.mark.parametrize(
+    ("activation", "name", "index", "module", "message"),
+    [
+        ("sigmoid", "activations", 0, nn.ReLU(), r"activations\[0\] must be a Sigmoid .*'sigmoid', got ReLU"),
+        ("prelu", "activations", 1, nn.Sigmoid(), r"activations\[1\] must be a PReLU .*, got Sigmoid"),
+        ("dice", "activations", 1, nn.PReLU(2), r"activations\[1\] must be a Dice .*, got PReLU"),
+        ("dice", "activations", 1, dien_ops.Dice(2, eps=1e-3), r"activations\[1\] must have the eps and momentum"),
+        ("dice", "activations", 1, dien_ops.Dice(2, momentum=0.2), r"of activations\[0\], 1e-08 and 0.1, got 1e-08 and 0.2"),
+        ("dice", "activations", 1, dien_ops.Dice(2, affine=True), r"activations\[1\] must be a Dice with affine=False"),
+        ("sigmoid", "layers", 2, nn.Identity(), r"layers\[2\] must be a Linear .*, got Identity"),
+    ],
+)  # fmt: skip
+def test_a_submodule_that_the_unit_does_not_compute_is_refused(activation, name, index, module, message):
+    unit = dien_ops.LocalActivationUnit(3, (4, 2), activation)
+    getattr(unit, name)[index] = module
+    before = state(unit)
+    with pytest.raises(ValueError, match=message):
+        unit(torch.randn(5, 3), torch.randn(5, 6, 3))
+    assert all(torch.equal(value, before[x]) for x, value in unit.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "number"), [("activations", 2), ("layers", 3)])
+def test_a_missing_submodule_is_refused(name, number):
+    unit = dien_ops.LocalActivationUnit(3, (4, 2))
+    del getattr(unit, name)[0]
+    with pytest.raises(ValueError, match=f"{name} must have {number} modules, got {number - 1}"):
+        unit(torch.randn(5, 3), torch.randn(5, 6, 3))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (ValueError, "activation must be one of", {"activation": "relu"}),
+        (ValueError, "embedding_dim must be greater than zero, got 0", {"embedding_dim": 0}),
+        (TypeError, "embedding_dim must be an int, got float", {"embedding_dim": 3.0}),
+        (ValueError, r"hidden_sizes\[1\] must be greater than zero, got 0", {"hidden_sizes": (4, 0)}),
+        (ValueError, r"hidden_sizes\[0\] must be greater than zero, got -4", {"hidden_sizes": (-4,)}),
+        (TypeError, r"hidden_sizes\[0\] must be an int, got str", {"hidden_sizes": ("4",)}),
+        (TypeError, "hidden_sizes must be a sequence of ints, got int", {"hidden_sizes": 80}),
+    ],
+)
+def test_the_module_refuses_a_wrong_option(error, message, options):
+    with pytest.raises(error, match=message):
+        dien_ops.LocalActivationUnit(**({"embedding_dim": 3} | options))

@@ -201,3 +201,17 @@ def test_a_wrong_argument_is_named(error, message, change):
     given = {"states": torch.zeros(2, 4, 3), "target": torch.zeros(2, 5), "weight": torch.zeros(3, 5)}
     with pytest.raises(error, match=message):
         functional.bilinear_attention(**(given | change))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "sizes"),
+    [
+        (ValueError, "hidden_size must be greater than zero, got 0", (0, 3)),
+        (ValueError, "target_size must be greater than zero, got -1", (3, -1)),
+        (TypeError, "hidden_size must be an int, got float", (3.0, 3)),
+        (TypeError, "target_size must be an int, got NoneType", (3, None)),
+    ],
+)
+def test_the_module_refuses_a_wrong_size(error, message, sizes):
+    with pytest.raises(error, match=message):
+        dien_ops.BilinearAttention(*sizes)

@@ -266,6 +266,7 @@ def test_parameters_and_buffers_have_batch_norms_names():
 
 SEQUENCES = {"input": torch.zeros(2, 4, 3)}
 HALF, DOUBLE = torch.zeros(2, 3, dtype=torch.float16), torch.zeros(3, dtype=F64)
+INTEGERS = torch.ones(3).long()
 
 
 @pytest.mark.parametrize(
@@ -277,7 +278,13 @@ HALF, DOUBLE = torch.zeros(2, 3, dtype=torch.float16), torch.zeros(3, dtype=F64)
         (ValueError, "alpha must have the dtype of input: expected torch.float32", {"alpha": DOUBLE}),
         (RuntimeError, r"alpha must have shape \[3\] \[C\], got \[4\]", {"alpha": torch.zeros(4)}),
         (RuntimeError, r"weight must have shape \[3\] \[C\], got \[1\]", {"weight": torch.ones(1)}),
+        (TypeError, "alpha must be a Tensor, got NoneType", {"alpha": None}),
         (ValueError, "running_mean and running_var must be given together", {"running_mean": torch.zeros(3)}),
+        (TypeError, "momentum must be a number, got NoneType", {"momentum": None}),
+        (ValueError, r"momentum must be in \[0, 1\], got 1.5", {"momentum": 1.5}),
+        (ValueError, r"momentum must be in \[0, 1\], got nan", {"momentum": math.nan}),
+        (TypeError, "eps must be a number, got str", {"eps": "1e-8"}),
+        (ValueError, "eps must be finite and >= 0, got -1", {"eps": -1}),
         (ValueError, "running_mean and running_var are needed where training=False, got None", {"training": False}),
         (ValueError, r"lengths need an input of shape \[B, T, C\]", {"lengths": torch.tensor([1, 1])}),
         (ValueError, "lengths must be int32 or int64, got float32", SEQUENCES | {"lengths": torch.ones(2)}),
@@ -289,6 +296,73 @@ HALF, DOUBLE = torch.zeros(2, 3, dtype=torch.float16), torch.zeros(3, dtype=F64)
 def test_a_wrong_argument_is_named(error, message, change):
     with pytest.raises(error, match=message):
         functional.dice(**({"input": torch.zeros(2, 3), "alpha": torch.zeros(3)} | change))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "average"),
+    [
+        (TypeError, "{} must be a Tensor, got list", [0.0, 0.0, 0.0]),
+        (ValueError, "{} must have the dtype of input, torch.float32, or torch.float64, got torch.int64", INTEGERS),
+        (ValueError, "{} must have the dtype of input, .* got torch.float16", INTEGERS.half()),
+        (RuntimeError, r"{} must have shape \[3\] \[C\], got \[4\]", torch.ones(4)),
+        (RuntimeError, "{} must be on the device of input: expected cpu, got meta", torch.ones(3, device="meta")),
+        (RuntimeError, "{} must not be an expanded tensor", torch.ones(1).expand(3)),
+    ],
+)
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_an_unusable_moving_average_is_named_and_the_other_left_alone(name, error, message, average):
+    averages = running(3, torch.float32)
+    before = {key: value.clone() for key, value in averages.items() if key != name}
+    with pytest.raises(error, match=message.format(name)):
+        functional.dice(torch.randn(5, 3), torch.zeros(3), **(averages | {name: average}))
+    assert all(torch.equal(averages[key], value) for key, value in before.items())
+
+
+def test_moving_averages_may_be_float64_or_strided_and_in_evaluation_expanded():
+    s, alpha = torch.randn(5, 3), torch.zeros(3)
+    plain, wide = running(3, torch.float32), running(3)
+    strided = {name: torch.stack([value, value], -1)[:, 0] for name, value in wide.items()}
+    for averages in (plain, wide, strided):
+        functional.dice(s, alpha, **averages)
+    assert_close(list(strided.values()), list(wide.values()))
+    assert_close(list(plain.values()), [x.float() for x in wide.values()], 1e-6)
+    zero, one = torch.zeros(1), torch.ones(1)
+    expected = functional.dice(s, alpha, zero.repeat(3), one.repeat(3), training=False)
+    assert_close([functional.dice(s, alpha, zero.expand(3), one.expand(3), training=False)], [expected])
+
+
+@pytest.mark.parametrize("momentum", [0, 1])
+def test_a_momentum_of_zero_or_one_is_allowed(momentum):
+    module, s = dien_ops.Dice(3, momentum=momentum), torch.randn(9, 3) + 1
+    module(s)
+    assert_close([module.running_mean], [momentum * s.mean(0)], 1e-6)
+
+
+def test_without_eps_a_constant_channel_and_no_other_is_nan():
+    s = torch.randn(5, 2, dtype=F64)
+    s[:, 1] = 2
+    output = functional.dice(s, torch.zeros(2, dtype=F64), eps=0)
+    assert output[:, 0].isfinite().all() and output[:, 1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (TypeError, "num_features must be an int, got float", {"num_features": 3.0}),
+        (ValueError, "num_features must be greater than zero, got 0", {"num_features": 0}),
+        (ValueError, "num_features must be greater than zero, got -2", {"num_features": -2}),
+        (TypeError, "eps must be a number, got NoneType", {"eps": None}),
+        (TypeError, "eps must be a number, got bool", {"eps": True}),
+        (ValueError, "eps must be finite and >= 0, got -1", {"eps": -1}),
+        (ValueError, "eps must be finite and >= 0, got inf", {"eps": math.inf}),
+        (TypeError, "momentum must be a number, got NoneType", {"momentum": None}),
+        (ValueError, r"momentum must be in \[0, 1\], got 5.0", {"momentum": 5.0}),
+        (ValueError, r"momentum must be in \[0, 1\], got -0.1", {"momentum": -0.1}),
+    ],
+)
+def test_the_module_refuses_a_wrong_option(error, message, options):
+    with pytest.raises(error, match=message):
+        dien_ops.Dice(**({"num_features": 3} | options))
 
 
 def test_after_an_error_nothing_is_half_updated():
