@@ -62,10 +62,11 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
     m.def(
         "mba_adam_(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor ids, Tensor grad, "
         "Tensor? counts, int? padding_idx, float lr, float l2, float beta1, float beta2, float eps) -> ()");
-    m.def("mba_check(Tensor ids, Tensor? counts, int num_embeddings, int? padding_idx) -> ()");
+    m.def("mba_check(Tensor weight, Tensor ids, Tensor grad, Tensor? counts, int? padding_idx) -> ()");
 
     // aux_loss: logits [B, 2, max(T - 1, 0)] of the clicked and the sampled items, and their loss. reduction: paper | mean |
     // authors
+    m.def("checked_lengths(Tensor lengths, SymInt steps) -> Tensor");  // an int64 copy
     m.def("auxiliary_logits(Tensor states, Tensor positives, Tensor negatives, Tensor? lengths) -> Tensor");
     m.def(
         "auxiliary_logits_backward(Tensor grad_logits, Tensor states, Tensor positives, Tensor negatives, Tensor? lengths) "

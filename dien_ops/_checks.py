@@ -6,6 +6,7 @@ or device."""
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -96,14 +97,21 @@ def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def number(name: str, value: object) -> None:
+    if not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def non_negative(name: str, value: float) -> None:
     """Raises ValueError for a negative or infinite number and for NaN."""
+    number(name, value)
     if not 0.0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got {value}")
 
 
 def fraction(name: str, value: float) -> None:
     """Raises ValueError for a number outside of [0, 1) and for NaN."""
+    number(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
 

@@ -23,6 +23,11 @@ def _pairs(steps: int) -> int:
     return pairs
 
 
+@torch.library.register_fake("dien_ops::checked_lengths")
+def _checked_lengths_fake(lengths: Tensor, steps: int) -> Tensor:
+    return lengths.new_empty(lengths.shape, dtype=torch.int64)
+
+
 @torch.library.register_fake("dien_ops::auxiliary_logits")
 def _logits_fake(states: Tensor, positives: Tensor, negatives: Tensor, lengths: Tensor | None) -> Tensor:
     return states.new_empty([states.shape[0], 2, _pairs(states.shape[1])])
@@ -150,6 +155,8 @@ def auxiliary_loss(
     _checks.one_of("reduction", reduction, REDUCTIONS)
     _checks.supported("states", states)
     _checks.rank("states", states, 3)
+    _checks.tensor("positives", positives)
+    _checks.tensor("negatives", negatives)
     _checks.matches("states", states, positives=positives, negatives=negatives)
     _checks.rank("positives", positives, 3)
     batch, steps, width = states.shape
@@ -157,6 +164,8 @@ def auxiliary_loss(
     _checks.shape("negatives", negatives, positives.shape, "[B, T, E]")
     _checks.lengths(lengths, batch, states.device)
     if callable(scorer):
+        if lengths is not None:  # a scorer may write, as BatchNorm does: what it reads hangs on the check
+            lengths = torch.ops.dien_ops.checked_lengths(lengths, steps)
         logits = _logits_of(scorer, states, positives, negatives, lengths)
     else:
         _checks.one_of("scorer", scorer, ("inner",))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numbers
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -26,22 +27,35 @@ for _name in ("mba_sgd_", "mba_adagrad_", "mba_rowwise_adagrad_", "mba_adam_", "
 
 # ------------------------------------------------------------------------------------------------- functional
 
+COUNT_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
+
 
 def check_counts(counts: Tensor | None, weight: Tensor) -> None:
     """Type, shape and device; that they are positive is checked by the operator, where a batch meets them."""
     if counts is None:
         return
     _checks.tensor("counts", counts)
-    if counts.dtype not in (torch.int32, torch.int64, torch.float32, torch.float64):
+    if counts.dtype not in COUNT_DTYPES:
         raise ValueError(f"counts must be int32, int64, float32 or float64, got {counts.dtype}")
     _checks.shape("counts", counts, [weight.shape[0]], "[num_embeddings]")
     _checks.same_device("weight", weight, "counts", counts)
+
+
+def check_betas(betas: tuple[float, float]) -> None:
+    if not isinstance(betas, (tuple, list)):
+        raise TypeError(f"betas must be a pair of numbers, got {type(betas).__name__}")
+    if len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers, got {len(betas)} of them")
+    _checks.fraction("betas[0]", betas[0])
+    _checks.fraction("betas[1]", betas[1])
 
 
 def _normalized(padding_idx: int | None, num_embeddings: int) -> int | None:
     """padding_idx in 0..num_embeddings-1; as in torch, a negative one counts from the end."""
     if padding_idx is None:
         return None
+    if not isinstance(padding_idx, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"padding_idx must be an integer, got {type(padding_idx).__name__}")
     if not -num_embeddings <= padding_idx < num_embeddings:
         raise ValueError(f"padding_idx must be in {-num_embeddings}..{num_embeddings - 1}, got {padding_idx}")
     return padding_idx % num_embeddings
@@ -55,13 +69,14 @@ def _mini_batch(
     l2: float,
     counts: Tensor | None,
     padding_idx: int | None,
-    **states: Tensor | None,  # of the weight's dtype; their shapes are checked by the operator
+    **states: Tensor,  # of the weight's dtype; their shapes are checked by the operator
 ) -> tuple[Tensor, Tensor, Tensor | None, int | None]:
     """Checks what all updates share. Returns ids [N], grad [N, D], counts, and padding_idx counted from 0."""
     _checks.supported("weight", weight)
     _checks.rank("weight", weight, 2)
+    for name, value in {"ids": ids, "grad": grad, **states}.items():
+        _checks.tensor(name, value)
     _checks.matches("weight", weight, grad=grad, **states)
-    _checks.tensor("ids", ids)
     _checks.same_device("weight", weight, "ids", ids)
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"ids must be int32 or int64, got {ids.dtype}")
@@ -111,7 +126,8 @@ def mba_sgd_(
     Args:
         weight: [num_embeddings, D], contiguous, float32 or float64.
         ids: int32 or int64 of any shape, each in 0..num_embeddings-1, repeated in any way.
-        grad: [\*ids.shape, D], the gradient of each looked-up row. Any strides.
+        grad: [\*ids.shape, D], the gradient of each looked-up row. Any strides; no memory of the tensors that are
+            updated.
         lr: learning rate, >= 0.
         l2: :math:`\lambda`, >= 0; 0 is plain sparse SGD.
         counts: [num_embeddings], int32, int64, float32 or float64: in how many instances of the training set
@@ -124,7 +140,8 @@ def mba_sgd_(
     Raises:
         TypeError, ValueError, RuntimeError: an argument has the wrong type; dtype, rank or value; size or
             device.
-        RuntimeError: an id is out of range, or the count of an id of the mini-batch is not positive.
+        RuntimeError: an id is out of range, the count of an id of the mini-batch is not positive, or grad shares
+            memory with a tensor that is updated.
         Nothing has been written where an error is raised.
 
     Example:
@@ -133,7 +150,8 @@ def mba_sgd_(
         >>> rows.square().sum().backward()
         >>> dien_ops.functional.mba_sgd_(weight, ids, rows.grad, lr=0.1)
     """
-    batch = _mini_batch(weight, ids, grad, lr, l2, counts, padding_idx, momentum_buffer=momentum_buffer)
+    states = {} if momentum_buffer is None else {"momentum_buffer": momentum_buffer}
+    batch = _mini_batch(weight, ids, grad, lr, l2, counts, padding_idx, **states)
     _checks.fraction("momentum", momentum)
     if momentum != 0.0 and momentum_buffer is None:
         raise ValueError(f"momentum_buffer must be given where momentum is not 0, got momentum={momentum}")
@@ -267,14 +285,19 @@ def mba_adam_(
     _checks.tensor("step", step)
     if step.dtype != torch.int64:
         raise ValueError(f"step must be int64, got {step.dtype}")
-    _checks.fraction("betas[0]", betas[0])
-    _checks.fraction("betas[1]", betas[1])
+    check_betas(betas)
     _checks.non_negative("eps", eps)
     torch.ops.dien_ops.mba_adam_(weight, exp_avg, exp_avg_sq, step, *batch, lr, l2, *betas, eps)
     _mark_written(weight, exp_avg, exp_avg_sq, step)
 
 
 # ----------------------------------------------------------------------------------------------------- module
+
+
+def _wide(counts: Tensor) -> torch.dtype:
+    """The dtype that a table keeps counts in."""
+    return torch.float64 if counts.is_floating_point() else torch.int64
+
 
 _living: weakref.WeakSet[MBAEmbedding] = weakref.WeakSet()
 
@@ -302,7 +325,8 @@ class MBAEmbedding(nn.Embedding):
     Attributes:
         weight: [num_embeddings, D], initialised as in torch.nn.Embedding.
         counts: a buffer, int64 (float64 where floating point counts were given) or None. It is saved in the
-            state_dict once it is there, and loading one that has it creates it.
+            state_dict once it is there, and loading one that has it creates it, integer or floating point as
+            saved; counts that do not fit the table are an error and leave it as it was.
 
     Raises:
         IndexError: an id is out of range.
@@ -337,8 +361,7 @@ class MBAEmbedding(nn.Embedding):
     def _set_counts(self, counts: Tensor | None) -> None:
         if counts is not None:
             check_counts(counts, self.weight)
-            wide = torch.float64 if counts.is_floating_point() else torch.int64
-            counts = counts.detach().to(wide, copy=True)
+            counts = counts.detach().to(_wide(counts), copy=True)
         self.counts = counts
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # copies and unpickled tables do not see __init__
@@ -354,6 +377,7 @@ class MBAEmbedding(nn.Embedding):
         counts: Tensor | None = None,
     ) -> Self:
         """A table that starts from embeddings [num_embeddings, D]; freeze: without gradient, as in torch."""
+        _checks.tensor("embeddings", embeddings)
         _checks.rank("embeddings", embeddings, 2)
         num_embeddings, dim = embeddings.shape
         table = cls(num_embeddings, dim, padding_idx, device="meta", dtype=embeddings.dtype)
@@ -417,10 +441,20 @@ class MBAEmbedding(nn.Embedding):
             raise IndexError(f"ids must be in 0..{self.num_embeddings - 1}, got {int(wrong[0])}")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved = state_dict.get(prefix + "counts")
-        if saved is not None and self.counts is None:
-            self.counts = torch.zeros_like(saved, device=self.weight.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        saved, before = state_dict.get(prefix + "counts"), self.counts
+        if not isinstance(saved, Tensor):
+            return super()._load_from_state_dict(state_dict, prefix, *args)
+        known = saved.dtype in COUNT_DTYPES
+        if not known:
+            error_msgs: list[str] = args[-1]
+            error_msgs.append(f"{prefix}counts must be int32, int64, float32 or float64, got {saved.dtype}")
+        if before is None or before.dtype != _wide(saved) or not known:  # torch would cast to the dtype that is there
+            self.counts = torch.zeros(self.num_embeddings, dtype=_wide(saved), device=self.weight.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # which reports a wrong shape
+        if not known or list(saved.shape) != [self.num_embeddings]:
+            self.counts = before
+        elif self.counts is not None:  # assign=True takes the saved tensor itself
+            self.counts = self.counts.to(_wide(saved))
 
 
 def owners() -> dict[int, list[MBAEmbedding]]:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from dien_ops import _checks, functional
-from dien_ops.embedding import MBAEmbedding, check_counts, owners
+from dien_ops.embedding import MBAEmbedding, check_betas, check_counts, owners
 
 _SHARED_ARGUMENTS = """
 
@@ -34,9 +34,11 @@ _SHARED_ARGUMENTS = """
 _RAISES = """
 
     Raises:
-        ValueError: an option is out of its range; a parameter cannot be an embedding table.
-        RuntimeError: in ``step``: a gradient is dense, or the count of an id of the mini-batch is not
-            positive. All parameters are checked before the first is updated, so that nothing is half-updated.
+        TypeError, ValueError: an option is no number; it is out of its range; a parameter cannot be an embedding
+            table; a state_dict to load is that of an optimizer with other options.
+        RuntimeError: in ``step``: a gradient is dense, the count of an id of the mini-batch is not positive, or
+            a loaded state is incomplete. All parameters are checked before the first is updated and before any
+            state is created, so that nothing is half-updated.
 """
 
 
@@ -54,13 +56,26 @@ class _MiniBatch(NamedTuple):
 class _MBAOptimizer(Optimizer):
     """What the optimizers share: options, checks, the order of a step."""
 
-    _row_states: tuple[str, ...] = ()  # state with one number per row; other state has the weight's shape
+    _options: tuple[str, ...]  # the rule's own
+    _states: tuple[str, ...]  # a table has all of them, or none before its first update
+    _row_states: tuple[str, ...] = ()  # those with one number per row; the others have the weight's shape
 
     def __init__(self, params: ParamsT, lr: float, l2: float, counts: Tensor | None, **options: Any) -> None:
         super().__init__(params, {"lr": lr, "l2": l2, "counts": counts, **options})
 
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, of a pickle, and what load_state_dict loads
+        needed = ("lr", "l2", "counts", *self._options)  # self.defaults may hold more, which torch puts there
+        for i, group in enumerate(state["param_groups"]):
+            missing = [name for name in needed if name not in group]
+            if missing:
+                raise ValueError(
+                    f"{type(self).__name__} needs the options {', '.join(needed)}, but parameter group {i} of the "
+                    f"state_dict has no {', '.join(missing)}: it is that of another optimizer"
+                )
+        super().__setstate__(state)
+
     def _check_options(self, group: dict[str, Any]) -> None:
-        """Raises ValueError for an option of the rule that is out of its range."""
+        """Raises TypeError or ValueError for an option of the rule that is no number or out of its range."""
         raise NotImplementedError
 
     def _update(self, batch: _MiniBatch, lr: float, state: dict[str, Any]) -> None:
@@ -68,7 +83,8 @@ class _MBAOptimizer(Optimizer):
         raise NotImplementedError
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        _checks.non_negative("lr", float(group["lr"]))
+        lr = group["lr"]
+        _checks.non_negative("lr", lr.item() if isinstance(lr, Tensor) else lr)
         _checks.non_negative("l2", group["l2"])
         self._check_options(group)
         for weight in group["params"]:
@@ -105,9 +121,8 @@ class _MBAOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         batches = self._mini_batches()
-        if len(batches) > 1:  # a single table is checked by its update
-            for batch in batches:
-                torch.ops.dien_ops.mba_check(batch.ids, batch.counts, batch.weight.shape[0], batch.padding_idx)
+        for weight, ids, grad, counts, padding_idx, _ in batches:
+            torch.ops.dien_ops.mba_check(weight, ids, grad, counts, padding_idx)
         for batch in batches:
             self._update(batch, float(batch.group["lr"]), self.state[batch.weight])
         return loss
@@ -128,16 +143,23 @@ class _MBAOptimizer(Optimizer):
                         f"and dien_ops.MBAEmbedding give them, got a {came} matrix for a parameter of shape "
                         f"{list(weight.shape)}: give dense parameters to an optimizer of torch.optim"
                     )
-                self._check_layout(weight)
+                self._check_state(weight)
                 owned_by = tables.get(id(weight), [])
                 counts = group["counts"] if group["counts"] is not None else _counts_of(owned_by)
                 ids, values = grad._indices()[0], grad._values()
                 batches.append(_MiniBatch(weight, ids, values, counts, _padding_of(owned_by), group))
         return batches
 
-    def _check_layout(self, weight: Tensor) -> None:
+    def _check_state(self, weight: Tensor) -> None:
         """What an update would refuse, found before any: a state_dict may have brought anything."""
-        for name, value in {"weight": weight, **self.state.get(weight, {})}.items():
+        state = self.state.get(weight, {})
+        if state and state.keys() != set(self._states):
+            raise RuntimeError(
+                f"the state of a parameter of shape {list(weight.shape)} must be {', '.join(self._states)}, "
+                f"got {', '.join(map(str, state))}"
+            )
+        for name, value in {"weight": weight, **state}.items():
+            _checks.tensor(name, value)
             if value.is_floating_point():
                 _checks.matches("weight", weight, **{name: value})
             if name in self._row_states:
@@ -179,6 +201,9 @@ class MBASGD(_MBAOptimizer):
         >>> optimizer.step()
     """
 
+    _options = ("momentum",)
+    _states = ("momentum_buffer",)
+
     def __init__(
         self,
         params: ParamsT,
@@ -215,6 +240,9 @@ class MBAAdagrad(_MBAOptimizer):
         >>> items = dien_ops.MBAEmbedding(1000, 18)
         >>> optimizer = dien_ops.optim.MBAAdagrad(items.parameters(), lr=0.1)
     """
+
+    _options = ("initial_accumulator_value", "eps")
+    _states = ("sum",)
 
     def __init__(
         self,
@@ -281,6 +309,8 @@ class MBAAdam(_MBAOptimizer):
         >>> optimizer = dien_ops.optim.MBAAdam(items.parameters(), lr=1e-3)
     """
 
+    _options = ("betas", "eps")
+    _states = ("exp_avg", "exp_avg_sq", "step")
     _row_states = ("step",)
 
     def __init__(
@@ -296,8 +326,7 @@ class MBAAdam(_MBAOptimizer):
         super().__init__(params, lr, l2, counts, betas=betas, eps=eps)
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        _checks.fraction("betas[0]", group["betas"][0])
-        _checks.fraction("betas[1]", group["betas"][1])
+        check_betas(group["betas"])
         _checks.non_negative("eps", group["eps"])
 
     def _update(self, batch: _MiniBatch, lr: float, state: dict[str, Any]) -> None:

@@ -185,6 +185,7 @@ def test_derivatives_of_a_scorer_pass_gradgradcheck():
 def test_operators_pass_opcheck():
     tensors, lengths = sequences(), spread_lengths(5, 6)
     ops = torch.ops.dien_ops
+    torch.library.opcheck(ops.checked_lengths, (lengths.int(), 6))
     torch.library.opcheck(ops.auxiliary_logits, (*tensors, lengths))
     torch.library.opcheck(ops.auxiliary_logits_backward, (leaf(5, 2, 5), *tensors, lengths))
     for reduction in ("paper", "mean", "authors"):
@@ -248,6 +249,10 @@ def test_a_scorer_may_run_in_lower_precision_under_autocast():
 @pytest.mark.parametrize(
     "change, error, message",
     [
+        (dict(states=None), TypeError, "states must be a Tensor, got NoneType"),
+        (dict(positives=None), TypeError, "positives must be a Tensor, got NoneType"),
+        (dict(negatives=None), TypeError, "negatives must be a Tensor, got NoneType"),
+        (dict(lengths=[1, 2]), TypeError, "lengths must be a Tensor, got list"),
         (dict(states=torch.zeros(2, 3)), ValueError, "states must be 3-D, got 2-D"),
         (
             dict(states=torch.zeros(2, 3, 4).half()),
@@ -295,6 +300,33 @@ def test_errors_name_the_argument(change, error, message):
     arguments = {name: torch.zeros(2, 3, 4) for name in ("states", "positives", "negatives")}
     with pytest.raises(error, match=message):
         functional.auxiliary_loss(**{**arguments, **change})
+
+
+class NormedScorer(nn.Module):
+    """A scorer that writes when it is called."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, dtype=torch.float64)
+
+    def forward(self, states: Tensor, items: Tensor) -> Tensor:
+        return self.norm((states * items).flatten(0, 1)).sum(-1).view(states.shape[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_lengths_out_of_range_are_refused_before_a_scorer_runs(compiled, dtype):
+    torch._dynamo.reset()
+    scorer = NormedScorer(7)
+    module = dien_ops.AuxiliaryLoss(scorer)
+    call = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager") if compiled else module
+    call(*sequences(2), lengths=torch.tensor([1, 6], dtype=dtype))
+    before = [x.clone() for x in scorer.norm.buffers()]
+    assert before[-1] == 2  # batches: the clicked items and the sampled ones
+    for wrong in (-1, 7):
+        with pytest.raises(RuntimeError, match=rf"lengths must be in 0..6 \(T\), got {wrong} at row 1"):
+            call(*sequences(2), lengths=torch.tensor([1, wrong], dtype=dtype))
+        assert all(torch.equal(a, b) for a, b in zip(scorer.norm.buffers(), before, strict=True))
 
 
 def test_inner_products_of_different_widths_are_refused():

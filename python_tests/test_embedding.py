@@ -249,10 +249,10 @@ def test_operators_pass_opcheck(rule):
     table = Table(rule)
     state = list(table.state.values()) if rule != "sgd" else [None]
     batch = [skewed_ids(6, 11), torch.randn(6, 5, dtype=torch.float64), torch.ones(11), 0]
-    numbers = [0.1, 0.01, 0.9, 0.999, 1e-8] if rule == "adam" else [0.1, 0.01, 0.5]
+    numbers = [0.1, 0.01, 0.9, 0.999, 1e-8] if rule == "adam" else [0.1, 0.01, 0.0 if rule == "sgd" else 0.5]
     operator = getattr(torch.ops.dien_ops, f"mba_{'sgd' if rule == 'momentum' else rule}_")
     torch.library.opcheck(operator, (table.weight, *state, *batch, *numbers))
-    torch.library.opcheck(torch.ops.dien_ops.mba_check, (batch[0], batch[2], 11, None))
+    torch.library.opcheck(torch.ops.dien_ops.mba_check, (table.weight, *batch))
 
 
 # ----------------------------------------------------------------------------------------------------- errors
@@ -263,6 +263,10 @@ ERRORS = {
     "ids must be in 0..10, got -1 at position 0": (RuntimeError, dict(ids=torch.tensor([-1, 2]))),
     "ids must be int32 or int64": (ValueError, dict(ids=torch.tensor([1.0, 2.0]))),
     "ids must be a Tensor, got list": (TypeError, dict(ids=[1, 2])),
+    "grad must be a Tensor, got NoneType": (TypeError, dict(grad=None)),
+    "lr must be a number, got NoneType": (TypeError, dict(lr=None)),
+    "l2 must be a number, got str": (TypeError, dict(l2="0.1")),
+    "padding_idx must be an integer, got float": (TypeError, dict(padding_idx=1.0)),
     r"grad must have shape \[2, 5\] \[\*ids.shape, D\], got \[3, 5\]": (
         RuntimeError,
         dict(grad=torch.zeros(3, 5).double()),
@@ -312,6 +316,15 @@ def test_errors_name_the_argument_and_leave_every_bit(rule, message):
         ("momentum", dict(momentum=1.0), ValueError, r"momentum must be in \[0, 1\), got 1.0"),
         ("adagrad", dict(eps=-1.0), ValueError, "eps must be finite and >= 0, got -1.0"),
         ("adam", dict(betas=(0.9, 1.0)), ValueError, r"betas\[1\] must be in \[0, 1\), got 1.0"),
+        ("adam", dict(betas=0.9), TypeError, "betas must be a pair of numbers, got float"),
+        ("adam", dict(betas=(0.9,)), ValueError, "betas must be a pair of numbers, got 1 of them"),
+        ("adam", dict(betas=(0.9, None)), TypeError, r"betas\[1\] must be a number, got NoneType"),
+        ("adam", dict(exp_avg_sq=None), TypeError, "exp_avg_sq must be a Tensor, got NoneType"),
+        ("adam", dict(step=None), TypeError, "step must be a Tensor, got NoneType"),
+        ("adagrad", dict(eps=None), TypeError, "eps must be a number, got NoneType"),
+        ("adagrad", dict(state_sum=None), TypeError, "state_sum must be a Tensor, got NoneType"),
+        ("rowwise_adagrad", dict(state_sum=None), TypeError, "state_sum must be a Tensor, got NoneType"),
+        ("momentum", dict(momentum="0.9"), TypeError, "momentum must be a number, got str"),
         ("adam", dict(step=torch.zeros(11)), ValueError, "step must be int64, got torch.float32"),
         ("adagrad", dict(state_sum=torch.zeros(11).double()), RuntimeError, "state_sum must have shape"),
         ("rowwise_adagrad", dict(state_sum=torch.zeros(11)), ValueError, "state_sum must have the dtype"),
@@ -335,6 +348,33 @@ def test_each_rules_own_arguments_are_checked(rule, arguments, error, message):
 def test_weights_that_cannot_be_updated_are_refused(weight, error, message):
     with pytest.raises(error, match=message):
         functional.mba_sgd_(weight, IDS, GRAD, lr=0.1)
+
+
+@EVERY_RULE
+def test_a_gradient_that_is_part_of_what_is_updated_is_refused(rule):
+    table = Table(rule)
+    for name, written in {"weight": table.weight, **table.state}.items():
+        if written.dim() == 2:
+            for grad in (written[2:4], written[2:4, :1].expand(2, 5), written.t()[:2, :5]):
+                before = bits(table.tensors)
+                with pytest.raises(RuntimeError, match=f"grad must not share memory with {name}"):
+                    table.update(functional, IDS, grad)
+                assert bits(table.tensors) == before
+
+
+def test_a_gradient_beside_the_weight_is_accepted():
+    memory = torch.randn(13, 5, dtype=torch.float64)
+    for weight, grad in [(memory[:11], memory[11:]), (memory[2:], memory[:2])]:
+        functional.mba_sgd_(weight, IDS, grad, lr=0.1)
+
+
+def test_the_operators_alone_refuse_what_they_would_ignore():
+    weight, operator = torch.zeros(11, 5, dtype=torch.float64), torch.ops.dien_ops.mba_sgd_
+    with pytest.raises(RuntimeError, match=r"momentum_buffer must be given where momentum is not 0, got momentum=0.9"):
+        operator(weight, None, IDS, GRAD, None, None, 0.1, 0.01, 0.9)
+    for padding_idx in (-1, 11):
+        with pytest.raises(RuntimeError, match=f"padding_idx must be in 0..10, got {padding_idx}"):
+            operator(weight, None, IDS, GRAD, None, padding_idx, 0.1, 0.01, 0.0)
 
 
 # ----------------------------------------------------------------------------------------------- MBAEmbedding
@@ -401,6 +441,50 @@ def test_a_state_dict_brings_the_counts_along():
     never_counted = dien_ops.MBAEmbedding(4, 2)
     never_counted.load_state_dict(torch.nn.Embedding(4, 2).state_dict())
     assert never_counted.counts is None
+
+
+def state_with(counts: Tensor, rows: int = 4) -> dict[str, Tensor]:
+    return {"weight": torch.zeros(rows, 2), "counts": counts}
+
+
+NO_COUNTS, INTEGERS, FLOATS = None, torch.tensor([9, 8, 7, 6]), torch.tensor([0.5, 2.7, 1.0, 3.0]).double()
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+@pytest.mark.parametrize("before", [NO_COUNTS, INTEGERS, FLOATS], ids=["none", "integers", "floats"])
+@pytest.mark.parametrize("saved", [INTEGERS.int(), INTEGERS, FLOATS.float(), FLOATS], ids=lambda x: str(x.dtype))
+def test_loaded_counts_are_those_that_were_saved(before, saved, assign):
+    table = dien_ops.MBAEmbedding(4, 2, counts=before)
+    table.load_state_dict(state_with(saved), assign=assign)
+    assert table.counts.dtype == (torch.float64 if saved.is_floating_point() else torch.int64)
+    assert table.counts.tolist() == saved.tolist()
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+@pytest.mark.parametrize("before", [NO_COUNTS, INTEGERS, FLOATS], ids=["none", "integers", "floats"])
+@pytest.mark.parametrize(
+    "saved, message",
+    [
+        (torch.ones(5), r"size mismatch for table.counts: .*torch.Size\(\[5\]\).* torch.Size\(\[4\]\)"),
+        (torch.ones(1, dtype=torch.int64), "size mismatch for table.counts"),
+        (torch.ones(4).byte(), "table.counts must be int32, int64, float32 or float64, got torch.uint8"),
+        (torch.ones(4).half(), "table.counts must be int32, int64, float32 or float64, got torch.float16"),
+    ],
+)
+def test_loading_counts_that_do_not_fit_leaves_those_that_are_there(before, saved, message, assign):
+    table = dien_ops.MBAEmbedding(4, 2, counts=before)
+    model = torch.nn.ModuleDict({"table": table})
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict({f"table.{k}": v for k, v in state_with(saved).items()}, assign=assign)
+    if before is None:
+        assert table.counts is None
+    else:
+        assert torch.equal(table.counts, before) and table.counts.dtype == before.dtype
+
+
+def test_from_pretrained_needs_a_tensor():
+    with pytest.raises(TypeError, match="embeddings must be a Tensor, got NoneType"):
+        dien_ops.MBAEmbedding.from_pretrained(None)
 
 
 def test_from_pretrained_starts_from_the_given_rows():

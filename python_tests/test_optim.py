@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from functools import partial
 
 import pytest
@@ -245,6 +246,18 @@ def test_a_loaded_state_goes_on_with_the_same_bits(name, through_file):
 
 
 @EVERY_OPTIMIZER
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copied_optimizer_loads_a_state(name, copied):
+    embedding = table()
+    optimizer = make(name, embedding.parameters())
+    train(optimizer, embedding, batches(1))
+    other = copied(optimizer)
+    train(optimizer, embedding, batches(1))
+    other.load_state_dict(optimizer.state_dict())
+    assert bits(*states(other)) == bits(*states(optimizer))
+
+
+@EVERY_OPTIMIZER
 def test_schedulers_and_tensor_learning_rates_are_obeyed(name):
     by_scheduler, by_hand = table(), table()
     by_hand.load_state_dict(by_scheduler.state_dict())
@@ -388,6 +401,76 @@ def test_state_that_does_not_fit_one_table_leaves_every_bit_of_all(name, spoil, 
     assert bits(first.weight, second.weight, *states(optimizer)) == before
 
 
+@pytest.mark.parametrize(
+    "name, missing", [("adagrad", "sum"), ("adam", "exp_avg_sq"), ("adam", "step"), ("momentum", "momentum_buffer")]
+)
+def test_state_that_is_not_the_rules_leaves_every_bit_of_all(name, missing):
+    first, second, optimizer = two_tables(name)
+    saved = optimizer.state_dict()
+    saved["state"][1]["other"] = saved["state"][1].pop(missing)
+    optimizer.load_state_dict(saved)
+    before = bits(first.weight, second.weight, *states(optimizer))
+    with pytest.raises(
+        RuntimeError, match=rf"state of a parameter of shape \[9, 3\] must be .*{missing}.*, got .*other"
+    ):
+        optimizer.step()
+    assert bits(first.weight, second.weight, *states(optimizer)) == before
+
+
+def test_incomplete_state_leaves_every_bit_of_all():
+    first, second, optimizer = two_tables("adam")
+    del optimizer.state[second.weight]["step"], optimizer.state[second.weight]["exp_avg_sq"]
+    before = bits(first.weight, second.weight, *states(optimizer))
+    with pytest.raises(RuntimeError, match=r"must be exp_avg, exp_avg_sq, step, got exp_avg$"):
+        optimizer.step()
+    assert bits(first.weight, second.weight, *states(optimizer)) == before
+
+
+def test_state_that_is_no_tensor_is_refused():
+    _, second, optimizer = two_tables("momentum")
+    optimizer.state[second.weight]["momentum_buffer"] = None
+    with pytest.raises(TypeError, match="momentum_buffer must be a Tensor, got NoneType"):
+        optimizer.step()
+
+
+@EVERY_OPTIMIZER
+@pytest.mark.parametrize("tables", [1, 2])
+def test_a_step_that_fails_creates_no_state(name, tables):
+    embeddings = [table(counts=torch.ones(9)) for _ in range(tables)]
+    embeddings[-1].counts.zero_()
+    optimizer = make(name, [e.weight for e in embeddings])
+    sum(loss_of(e, torch.tensor([1, 2])) for e in embeddings).backward()
+    with pytest.raises(RuntimeError, match="counts must be positive"):
+        optimizer.step()
+    assert len(optimizer.state) == 0
+
+
+@EVERY_OPTIMIZER
+def test_a_gradient_that_is_part_of_its_weight_leaves_every_bit_of_all(name):
+    first, second, optimizer = two_tables(name)
+    second.weight.grad = torch.sparse_coo_tensor(
+        torch.tensor([[1, 2]]), second.weight.detach()[3:5], (9, 3), check_invariants=True
+    )
+    before = bits(first.weight, second.weight, *states(optimizer))
+    with pytest.raises(RuntimeError, match="grad must not share memory with weight"):
+        optimizer.step()
+    assert bits(first.weight, second.weight, *states(optimizer)) == before
+
+
+@EVERY_OPTIMIZER
+def test_a_state_dict_of_another_optimizer_is_refused(name):
+    embedding = table()
+    optimizer = make(name, embedding.parameters())
+    group = dict(optimizer.param_groups[0])
+    saved = torch.optim.SGD(embedding.parameters(), lr=0.5, weight_decay=0.1).state_dict()
+    with pytest.raises(
+        ValueError, match=r"parameter group 0 of the state_dict has no l2, counts.*of another optimizer"
+    ):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups == [group]
+    train(optimizer, embedding, batches(1))
+
+
 def test_parameters_that_are_no_tables_are_refused_at_once():
     with pytest.raises(ValueError, match=r"MBASGD updates embedding tables .* got a parameter of shape \[5\]"):
         optim.MBASGD(nn.Linear(3, 5).parameters(), lr=0.1)
@@ -415,4 +498,21 @@ def test_parameters_that_are_no_tables_are_refused_at_once():
 )
 def test_options_out_of_range_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
+        make(name, table().parameters(), **options)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("sgd", dict(lr=None), "lr must be a number, got NoneType"),
+        ("sgd", dict(l2="0.1"), "l2 must be a number, got str"),
+        ("sgd", dict(momentum=None), "momentum must be a number, got NoneType"),
+        ("adagrad", dict(initial_accumulator_value=None), "initial_accumulator_value must be a number"),
+        ("adam", dict(betas=0.9), "betas must be a pair of numbers, got float"),
+        ("adam", dict(betas=(0.9, "0.9")), r"betas\[1\] must be a number, got str"),
+        ("adam", dict(eps=[]), "eps must be a number, got list"),
+    ],
+)
+def test_options_that_are_no_numbers_are_refused(name, options, message):
+    with pytest.raises(TypeError, match=message):
         make(name, table().parameters(), **options)

@@ -45,6 +45,17 @@ struct Sequences {
     int64_t grain() const { return rows_per_thread(3 * steps * width); }
 };
 
+// For a caller who does something of his own with lengths before the loss sees them. The result is what he must go on with:
+// a graph that was compiled drops a check that nothing depends on.
+Tensor checked_lengths(const Tensor& lengths, int64_t steps) {
+    check(lengths.dim() == 1, "lengths must be 1-D, got ", lengths.dim(), "-D");
+    check(lengths.is_cpu(), "lengths must be on the CPU as the other arguments are");
+    const std::vector<int64_t> values = read_lengths(lengths, lengths.size(0), steps);
+    Tensor result = empty({lengths.size(0)}, ScalarType::Long);
+    std::copy(values.begin(), values.end(), mutable_pointer<int64_t>(result));
+    return result;
+}
+
 Tensor auxiliary_logits(const Tensor& states, const Tensor& positives, const Tensor& negatives, const OptionalTensor& lengths) {
     const Sequences sequences(states, positives, negatives, lengths);
     Tensor logits = empty({sequences.batch, 2, pairs_of(sequences.steps)}, sequences.dtype);
@@ -158,6 +169,7 @@ Tensor auxiliary_loss_backward(const Tensor& grad_loss, const Tensor& logits, co
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dien_ops, CPU, m) {
+    m.impl("checked_lengths", TORCH_BOX(&checked_lengths));
     m.impl("auxiliary_logits", TORCH_BOX(&auxiliary_logits));
     m.impl("auxiliary_logits_backward", TORCH_BOX(&auxiliary_logits_backward));
     m.impl("auxiliary_loss", TORCH_BOX(&auxiliary_loss));

@@ -15,14 +15,18 @@
 
 namespace dien_ops::ops {
 
-// Calls f(position, id) for every id except padding_idx, in order. Throws where one lies outside of 0..num_embeddings-1.
+// Calls f(position, id) for every id except padding_idx, in order. Throws where one, or padding_idx, lies outside of
+// 0..num_embeddings-1.
 template <typename F>
 void for_each_id(const Tensor& ids, int64_t num_embeddings, std::optional<int64_t> padding_idx, F&& f) {
     const ScalarType dtype = ids.scalar_type();
     check(dtype == ScalarType::Int || dtype == ScalarType::Long, "ids must be int32 or int64");
     check(ids.is_cpu(), "ids must be on the CPU as the other arguments are");
     const Tensor dense = ids.is_contiguous() ? ids : torch::stable::contiguous(ids);
-    const int64_t padding = padding_idx.value_or(-1);
+    constexpr int64_t kNone = -1;
+    const int64_t padding = padding_idx.value_or(kNone);
+    check(!padding_idx.has_value() || (padding >= 0 && padding < num_embeddings), "padding_idx must be in 0..",
+          num_embeddings - 1, ", got ", padding);
     const auto visit = [&](const auto* values) {
         const int64_t n = dense.numel();
         for (int64_t i = 0; i < n; ++i) {
