@@ -98,7 +98,7 @@ def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def number(name: str, value: object) -> None:
-    if not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
@@ -114,11 +114,6 @@ def fraction(name: str, value: float) -> None:
     number(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
-
-
-def number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def size(name: str, value: object) -> None:

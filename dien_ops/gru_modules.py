@@ -27,14 +27,6 @@ def _add_gru_parameters(
         module.register_parameter(f"bias_hh_{suffix}", nn.Parameter(torch.empty(3 * hidden_size, **factory)))
 
 
-def _check_sizes(input_size: int, hidden_size: int) -> None:
-    for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-        if not isinstance(size, int):
-            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-        if size <= 0:
-            raise ValueError(f"{name} must be greater than zero, got {size}")
-
-
 class _Recurrent(nn.Module):
     """What GRU and the attentional cells share: sizes, parameters by nn.GRU's names, initialisation."""
 
@@ -117,7 +109,8 @@ class GRU(_Recurrent):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(input_size, hidden_size)
+        _checks.size("input_size", input_size)
+        _checks.size("hidden_size", hidden_size)
         if num_layers <= 0:
             raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
         if not isinstance(dropout, numbers.Number) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
@@ -243,7 +236,8 @@ class _AttentionalGRU(_Recurrent):
         reset_after: bool = True,
     ) -> None:
         super().__init__()
-        _check_sizes(input_size, hidden_size)
+        _checks.size("input_size", input_size)
+        _checks.size("hidden_size", hidden_size)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
