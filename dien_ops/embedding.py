@@ -401,7 +401,8 @@ class MBAEmbedding(nn.Embedding):
         :math:`n_j` is the number of instances (training samples) that hold id j: only then does the decay of
         one pass over the training set add up to the L2 term of DIN eq. 4. An instance's ids must come in one
         call, those of the target and of the history together where they share this table, so that an id in
-        both counts once.
+        both counts once. An id that is never counted has :math:`n_j = 0`, which the optimizers refuse when they
+        meet it: where sampled negatives bring up such ids, ``counts.clamp_(min=1)`` after counting.
 
         Args:
             ids: int32 or int64, [B] or [B, L]: row i holds the ids of instance i, repeated in any way. The

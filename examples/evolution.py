@@ -57,9 +57,9 @@ def choose_case(log: BehaviourLog, protocol: Protocol) -> tuple[np.ndarray, list
     category = log.item_category[known]
     turned_to = np.bincount(log.item_category[log.sequences[user][:position]], minlength=log.num_categories + 1)
     return shown[chosen], [
-        Target("next behaviour", int(positives[chosen])),
+        Target("next behaviour, related to the last", int(positives[chosen])),
         Target("of the oldest one's category", int(known[np.argmax(category == categories[chosen, 0])])),
-        Target("of the least visited category", int(known[np.argmin(turned_to[category])])),
+        Target("unrelated, of the least visited category", int(known[np.argmin(turned_to[category])])),
         Target("none", 0),
     ]
 
