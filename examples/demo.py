@@ -175,7 +175,7 @@ def print_results(
     print(
         f"\ndien_speedup_over_reference: {comparison.speedup:.1f}x "
         f"({comparison.samples_per_s:,.0f} samples/s in training, {comparison.reference_samples_per_s:,.0f} in plain "
-        f"PyTorch; their losses differ by {comparison.loss_difference:.0e} of themselves)"
+        f"PyTorch; relative difference of the losses {comparison.loss_difference:.0e})"
     )
 
 
