@@ -122,7 +122,8 @@ class _MBAOptimizer(Optimizer):
                 loss = closure()
         batches = self._mini_batches()
         for weight, ids, grad, counts, padding_idx, _ in batches:
-            torch.ops.dien_ops.mba_check(weight, ids, grad, counts, padding_idx)
+            if len(batches) > 1 or weight not in self.state:  # else the update's own check is the first thing it does
+                torch.ops.dien_ops.mba_check(weight, ids, grad, counts, padding_idx)
         for batch in batches:
             self._update(batch, float(batch.group["lr"]), self.state[batch.weight])
         return loss

@@ -282,7 +282,7 @@ void gru_backward_input(const GruBackward<T>& p, int64_t batch_begin, int64_t ba
         const T* const grads = projected_gradient(p, b, &stride);
         T* const grad_input = p.grad_input + b * p.input_stride_b;
         multiply<T>(grads, stride, packed.w, nullptr, false, grad_input, p.input_stride_t, p.lengths[b], I, 3 * H);
-        for (int64_t t = p.lengths[b]; t < p.steps; ++t) copy_or_zero<T>(nullptr, I, grad_input + t * p.input_stride_t);
+        for (int64_t t = p.lengths[b]; t < p.steps; ++t) fill_zeros(grad_input + t * p.input_stride_t, I);
     }
 }
 
@@ -295,7 +295,7 @@ void gru_backward_weights(const GruBackward<T>& p, int64_t begin, int64_t end) {
     const Scratch<T> weight(n * std::max(I, H)), bias(2 * n), reset_states(p.steps * H);
     T* const recurrent_bias = bias + n;  // of the rows from split on
     for (int64_t first = 0; first < p.batch; first += kGroup) {
-        copy_or_zero<T>(nullptr, n * I, weight);
+        fill_zeros<T>(weight, n * I);
         for (int64_t b = first; b < std::min(first + kGroup, p.batch); ++b) {
             int64_t stride = 0;
             const T* const grads = projected_gradient(p, b, &stride) + begin;
@@ -305,8 +305,8 @@ void gru_backward_weights(const GruBackward<T>& p, int64_t begin, int64_t end) {
     }
     for (int64_t first = 0; first < p.rows(); first += kGroup) {
         const int64_t last = std::min(first + kGroup, p.rows());
-        copy_or_zero<T>(nullptr, n * H, weight);
-        copy_or_zero<T>(nullptr, 2 * n, bias);
+        fill_zeros<T>(weight, n * H);
+        fill_zeros<T>(bias, 2 * n);
         for (int64_t row = first; row < last; ++row) {
             const T* const grads = p.grad_gates + row * p.steps * G;
             add_column_sums<T>(grads + begin, G, p.length(row), n, bias);

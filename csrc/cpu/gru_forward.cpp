@@ -96,8 +96,8 @@ void sweep_tile(const GruForward<T>& p, int64_t tile) {
         const int64_t row = order[i];
         copy_or_zero(p.hx != nullptr ? p.hx + row * H : nullptr, H, h + i * H);
         for (int64_t t = p.length(row); t < p.steps; ++t) {
-            copy_or_zero<T>(nullptr, H, p.output + p.output_offset(row, t));
-            if (p.gates != nullptr) copy_or_zero<T>(nullptr, p.gates_size(), p.gates + (row * p.steps + t) * p.gates_size());
+            fill_zeros(p.output + p.output_offset(row, t), H);
+            if (p.gates != nullptr) fill_zeros(p.gates + (row * p.steps + t) * p.gates_size(), p.gates_size());
         }
     }
     const auto step = [&](int64_t i, int64_t s) {
