@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/simd.h"
+#include "cpu/storage.h"
 
 namespace dien_ops::cpu {
 namespace {
@@ -24,16 +25,20 @@ constexpr int64_t packed_size(int64_t k, int64_t n) {
     return (n + kPanelWidth<T> - 1) / kPanelWidth<T> * kPanelWidth<T> * k;
 }
 
-// Packs B[k][n] = source[k * stride_k + n * stride_n] into panels of kPanelWidth columns, [panel][K][kPanelWidth], zero-padded.
-template <typename T>
-void pack(const T* source, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, T* packed) {
+// Packs B[k][n] = element(k, n) into panels of kPanelWidth columns, [panel][K][kPanelWidth], zero-padded.
+template <typename T, typename F>
+void pack(const F& element, int64_t K, int64_t N, T* packed) {
     for (int64_t n0 = 0; n0 < N; n0 += kPanelWidth<T>) {
         for (int64_t k = 0; k < K; ++k) {
-            for (int64_t j = 0; j < kPanelWidth<T>; ++j) {
-                *packed++ = n0 + j < N ? source[k * stride_k + (n0 + j) * stride_n] : T(0);
-            }
+            for (int64_t j = 0; j < kPanelWidth<T>; ++j) *packed++ = n0 + j < N ? element(k, n0 + j) : T(0);
         }
     }
+}
+
+// The same of B[k][n] = source[k * stride_k + n * stride_n].
+template <typename T, typename S>
+void pack(const S* source, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, T* packed) {
+    pack([&](int64_t k, int64_t n) -> T { return load_one(source + k * stride_k + n * stride_n); }, K, N, packed);
 }
 
 // The lanes of vector v that lie within `width` columns.

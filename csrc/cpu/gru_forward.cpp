@@ -7,166 +7,277 @@
 //     n = tanh(W_n x + b_in + U_n (r h) + b_hn)     reset before it
 //     h' = n + k (h - n)                            k: common/gates.h
 //
-// The input's share W x does not depend on h: gru_project_input computes it for all steps of a sequence at once, and once
-// for all of its targets. What remains is a chain of T small products per row. Rows do not depend on each other, so a thread
-// takes a tile of rows through all steps alone; the tile's states, [tile_rows, H], and the packed U stay in the caches. The
-// rows of a tile are sorted by length, longest first: at step s the rows still running are a prefix of the tile, and padding
-// costs nothing.
+// Rows do not depend on each other, so a thread takes a tile of rows through all steps alone. The tile's [x, h] and the packed
+// weights stay in the caches; of a step only the output and, for training, the gates go to memory. The rows of a tile are
+// sorted by length, longest first: at step s the rows still running are a prefix of the tile, and padding costs nothing.
 //
-// A step is: product with U_r and U_z; sigmoids (pass 1); product with U_n; tanh and the new state (pass 2).
+// A step is, for each panel of units and each block of rows: the products of [x, h] with the weights of all gates, summed in
+// registers (gru_panels.h); then sigmoid, tanh and the new state of these units. The reset before the product needs all of r
+// before U_n (r h): there the panels give r and z, and a second product n.
+//
+// W x does not depend on h. Where several rows share an x, or where the rows are too few to fill the registers, it is computed
+// for all steps of a sequence at once (gru_projection), and the panels hold U alone.
 #include <algorithm>
 
 #include "cpu/gemm.h"
 #include "cpu/gru.h"
+#include "cpu/gru_panels.h"
 #include "cpu/gru_rows.h"
 #include "cpu/scratch.h"
 
 namespace dien_ops::cpu {
 namespace {
 
-// Where the parts of `packed` begin. U_r and U_z together are [H, 2H], U_n is [H, H], W is [I, 3H].
-template <typename T>
-struct Packed {
-    T *u_rz, *u_n, *w;
+// The depth of x within the packed panels.
+template <typename S>
+int64_t panel_input_size(const GruForward<S>& p) {
+    return p.projected == nullptr ? p.input_size : 0;
+}
+
+// Where U_n stands, packed for the reset before the product.
+template <typename S>
+Compute<S>* packed_u_n(const GruForward<S>& p) {
+    return p.packed + panels_size<Compute<S>>(panel_input_size(p), p.hidden_size);
+}
+
+// A row of a tile at its first step; step s is s strides further on.
+template <typename S>
+struct Row {
+    int64_t length;
+    const S* input;
+    const S* attention;           // or null
+    const Compute<S>* projected;  // or null
+    S* output;
+    S* gates;  // or null
 };
 
-template <typename T>
-Packed<T> packed_parts(T* packed, int64_t H) {
-    T* const u_n = packed + packed_size<T>(H, 2 * H);
-    return {packed, u_n, u_n + packed_size<T>(H, H)};
-}
-
-// A step of one row. Rows of the scratch buffers are this row's.
-template <typename T>
-struct Step {
-    const T* projected;    // [3H] W x
-    const T *b_ih, *b_hh;  // [3H] or null
-    T a;                   // the attention score
-    T input_scale;         // a where gate is input, else 1
-    T* h;                  // [H] the state, replaced in pass 2
-    T *rz, *rh, *u_n;      // scratch: [2H] U h and then r, z; [H] r h; [H] U_n h or U_n (r h)
-    T *output, *gates;     // [H]; [gates_size] or null
+template <typename S>
+struct Strides {
+    int64_t input, attention, projected, output, gates;
 };
 
-template <typename T>
-void pass_1(const GruForward<T>& p, const Step<T>& s) {
-    const int64_t H = p.hidden_size;
-    const Vec<T> scale(s.input_scale);
-    for_vectors<T>(2 * H, [&](int64_t j, int64_t lanes) {
-        const Vec<T> x = scale * Vec<T>::load(s.projected + j, lanes) + load_or_zero(s.b_ih, j, lanes);
-        const Vec<T> u = Vec<T>::load(s.rz + j, lanes) + load_or_zero(s.b_hh, j, lanes);
-        sigmoid(x + u).store(s.rz + j, lanes);
-    });
-    if (p.reset_after) return;
-    for_vectors<T>(H, [&](int64_t j, int64_t lanes) {
-        (Vec<T>::load(s.rz + j, lanes) * Vec<T>::load(s.h + j, lanes)).store(s.rh + j, lanes);
-    });
-}
+template <typename S>
+class Tile {
+    using T = Compute<S>;
 
-template <Gate kGate, typename T>
-void pass_2(const GruForward<T>& p, const Step<T>& s) {
-    const int64_t H = p.hidden_size;
-    const Vec<T> a(s.a), scale(s.input_scale);
-    for_vectors<T>(H, [&](int64_t j, int64_t lanes) {
-        const Vec<T> x = scale * Vec<T>::load(s.projected + 2 * H + j, lanes) + load_or_zero(s.b_ih, 2 * H + j, lanes);
-        const Vec<T> u_n = Vec<T>::load(s.u_n + j, lanes) + load_or_zero(s.b_hh, 2 * H + j, lanes);
-        const Vec<T> r = Vec<T>::load(s.rz + j, lanes), z = Vec<T>::load(s.rz + H + j, lanes);
-        const Vec<T> n = tanh(x + (p.reset_after ? r * u_n : u_n));
-        const Vec<T> h = Vec<T>::load(s.h + j, lanes);
-        const Vec<T> new_h = n + keep_weight<kGate>(z, a) * (h - n);
-        new_h.store(s.h + j, lanes);
-        new_h.store(s.output + j, lanes);
-        if (s.gates == nullptr) return;
-        r.store(s.gates + j, lanes);
-        z.store(s.gates + H + j, lanes);
-        n.store(s.gates + 2 * H + j, lanes);
-        if (p.reset_after) u_n.store(s.gates + 3 * H + j, lanes);
-    });
-}
-
-template <typename T>
-void sweep_tile(const GruForward<T>& p, int64_t tile) {
-    const int64_t H = p.hidden_size, first = tile * p.tile_rows;
-    const int64_t rows = std::min(p.tile_rows, p.rows() - first);
-    const int64_t* const order = p.order + first;
-    const Packed<T> packed = packed_parts(p.packed, H);
-    const Scratch<T> h(rows * H), rz(rows * 2 * H), rh(rows * H), u_n(rows * H);
-
-    for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = order[i];
-        copy_or_zero(p.hx != nullptr ? p.hx + row * H : nullptr, H, h + i * H);
-        for (int64_t t = p.length(row); t < p.steps; ++t) {
-            fill_zeros(p.output + p.output_offset(row, t), H);
-            if (p.gates != nullptr) fill_zeros(p.gates + (row * p.steps + t) * p.gates_size(), p.gates_size());
+  public:
+    Tile(const GruForward<S>& p, int64_t tile)
+        : p_(p),
+          H_(p.hidden_size),
+          I_(panel_input_size(p)),
+          depth_(padded<T>(I_ + H_)),
+          order_(p.order + tile * p.tile_rows),
+          count_(std::min(p.tile_rows, p.rows() - tile * p.tile_rows)),
+          rows_(count_),
+          scores_(count_),
+          current_(count_ * depth_),
+          next_(count_ * depth_),
+          reset_states_(p.reset_after ? 0 : count_ * H_),
+          gates_(p.reset_after ? 0 : count_ * 3 * H_),
+          sums_(p.reset_after ? 0 : count_ * H_) {
+        const int64_t direction = p.reverse ? -1 : 1;
+        strides_ = {direction * p.input_stride_t, direction * p.attention_stride_t, direction * 3 * H_,
+                    direction * p.output_stride_t, direction * p.gates_size()};
+        for (int64_t i = 0; i < count_; ++i) {
+            const int64_t row = order_[i], b = row / p.targets, length = p.lengths[b], t = length > 0 ? p.time(row, 0) : 0;
+            S* const gates = p.gates != nullptr ? p.gates + row * p.steps * p.gates_size() : nullptr;
+            rows_[i] = {length,
+                        p.input + b * p.input_stride_b + t * p.input_stride_t,
+                        p.attention != nullptr ? p.attention + p.attention_offset(row, t) : nullptr,
+                        p.projected != nullptr ? p.projected + (b * p.steps + t) * 3 * H_ : nullptr,
+                        p.output + p.output_offset(row, t),
+                        gates != nullptr ? gates + t * p.gates_size() : nullptr};
+            copy_or_zero(p.hx != nullptr ? p.hx + row * H_ : nullptr, H_, state(current_, i));
+            for (int64_t after = length; after < p.steps; ++after) fill_zeros(p.output + p.output_offset(row, after), H_);
+            if (gates != nullptr) fill_zeros(gates + length * p.gates_size(), (p.steps - length) * p.gates_size());
         }
     }
-    const auto step = [&](int64_t i, int64_t s) {
-        const int64_t row = order[i], t = p.time(row, s);
-        const T a = p.score(row, t);
-        return Step<T>{p.projected + (row / p.targets * p.steps + t) * 3 * H,
-                       p.bias_ih,
-                       p.bias_hh,
-                       a,
-                       p.gate == Gate::input ? a : T(1),
-                       h + i * H,
-                       rz + i * 2 * H,
-                       rh + i * H,
-                       u_n + i * H,
-                       p.output + p.output_offset(row, t),
-                       p.gates != nullptr ? p.gates + (row * p.steps + t) * p.gates_size() : nullptr};
-    };
-    int64_t running = rows;
-    for (int64_t s = 0; s < p.steps; ++s) {
-        while (running > 0 && p.length(order[running - 1]) <= s) --running;
-        if (running == 0) break;
-        multiply<T>(h, H, packed.u_rz, nullptr, false, rz, 2 * H, running, 2 * H, H);
-        for (int64_t i = 0; i < running; ++i) pass_1(p, step(i, s));
-        multiply<T>(p.reset_after ? h : rh, H, packed.u_n, nullptr, false, u_n, H, running, H, H);
-        with_gate(p.gate, [&](auto gate) {
-            for (int64_t i = 0; i < running; ++i) pass_2<gate()>(p, step(i, s));
+
+    void run() {
+        T *now = current_, *then = next_;
+        int64_t running = count_;
+        for (int64_t s = 0; running > 0; ++s, std::swap(now, then)) {
+            for (; running > 0 && rows_[running - 1].length == s; --running) {
+                copy_or_zero(state(now, running - 1), H_, p_.h_n + order_[running - 1] * H_);
+            }
+            if (running > 0) step(s, running, now, then);
+        }
+    }
+
+  private:
+    // Row i of [rows, I + H]: x, then the state.
+    T* state(T* rows, int64_t i) const { return rows + i * depth_ + I_; }
+
+    void step(int64_t s, int64_t running, T* now, T* then) {
+        for (int64_t i = 0; i < running; ++i) {
+            const Row<S>& row = rows_[i];
+            scores_[i] = row.attention != nullptr ? load_one(row.attention + s * strides_.attention) : T(1);
+            const Vec<T> scale(input_scale(i));
+            for_vectors<T>(I_, [&](int64_t j, int64_t lanes) {
+                (scale * load<T>(row.input + s * strides_.input + j, lanes)).store(now + i * depth_ + j, lanes);
+            });
+        }
+        for_panels<T>(I_ + H_, H_, [&]<int64_t kVectors>(int64_t first, int64_t units, int64_t offset) {
+            for_step_rows(0, running, [&]<int64_t kRows>(int64_t m) {
+                T products[kRows * kVectors * Vec<T>::kSize];
+                panel_products<kRows, kVectors>(now + m * depth_, depth_, I_, H_, p_.packed + offset, products);
+                with_gate(p_.gate, [&](auto gate) {
+                    for (int64_t i = m; i < m + kRows; ++i) {
+                        const T* const row_products = products + (i - m) * kVectors * Vec<T>::kSize;
+                        constexpr int64_t kWidth = kVectors * Vec<T>::kSize / 4;
+                        if (p_.reset_after) {
+                            finish<gate(), kWidth>(i, s, first, units, row_products, state(now, i), state(then, i));
+                        } else {
+                            begin<kWidth>(i, s, first, units, row_products, state(now, i));
+                        }
+                    }
+                });
+            });
+        });
+        if (p_.reset_after) return;
+        multiply<T>(reset_states_, H_, packed_u_n(p_), nullptr, false, sums_, H_, running, H_, H_);
+        with_gate(p_.gate, [&](auto gate) {
+            for (int64_t i = 0; i < running; ++i) finish_reset_before<gate()>(i, s, state(now, i), state(then, i));
         });
     }
-    for (int64_t i = 0; i < rows; ++i) copy_or_zero<T>(h + i * H, H, p.h_n + order[i] * H);
-}
+
+    T input_scale(int64_t i) const { return p_.gate == Gate::input ? scores_[i] : T(1); }
+
+    // W x + b_i + U h + b_h of a gate's units, of which the products hold the shares of what the panels were packed with.
+    Vec<T> with_rest(Vec<T> products, int64_t i, int64_t s, int64_t j, int64_t lanes) const {
+        if (rows_[i].projected != nullptr) {
+            products += Vec<T>(input_scale(i)) * Vec<T>::load(rows_[i].projected + s * strides_.projected + j, lanes);
+        }
+        return products + load_or_zero<T>(p_.bias_ih, j, lanes);
+    }
+
+    // `units` units from `first` on of row i at step s, the reset after the product.
+    template <Gate kGate, int64_t kWidth>
+    void finish(int64_t i, int64_t s, int64_t first, int64_t units, const T* products, const T* h, T* new_h) {
+        const auto product = [&](int64_t group) { return Vec<T>::load(products + group * kWidth, units); };
+        const Vec<T> r = sigmoid(with_rest(product(0), i, s, first, units) + load_or_zero<T>(p_.bias_hh, first, units));
+        const Vec<T> z =
+            sigmoid(with_rest(product(1), i, s, H_ + first, units) + load_or_zero<T>(p_.bias_hh, H_ + first, units));
+        const Vec<T> u_n = product(3) + load_or_zero<T>(p_.bias_hh, 2 * H_ + first, units);
+        const Vec<T> n = tanh(with_rest(product(2), i, s, 2 * H_ + first, units) + r * u_n);
+        write_state<kGate>(i, s, first, units, z, n, h, new_h);
+        if (rows_[i].gates == nullptr) return;
+        S* const gates = rows_[i].gates + s * strides_.gates + first;
+        store(r, gates, units);
+        store(z, gates + H_, units);
+        store(n, gates + 2 * H_, units);
+        store(u_n, gates + 3 * H_, units);
+    }
+
+    // The reset before the product: r, z, r h and n's W x now, U_n (r h) when all of r h is there.
+    template <int64_t kWidth>
+    void begin(int64_t i, int64_t s, int64_t first, int64_t units, const T* products, const T* h) {
+        T* const gates = gates_ + i * 3 * H_ + first;
+        const auto product = [&](int64_t group) { return Vec<T>::load(products + group * kWidth, units); };
+        const Vec<T> r = sigmoid(with_rest(product(0), i, s, first, units) + load_or_zero<T>(p_.bias_hh, first, units));
+        r.store(gates, units);
+        sigmoid(with_rest(product(1), i, s, H_ + first, units) + load_or_zero<T>(p_.bias_hh, H_ + first, units))
+            .store(gates + H_, units);
+        with_rest(product(2), i, s, 2 * H_ + first, units).store(gates + 2 * H_, units);
+        (r * Vec<T>::load(h + first, units)).store(reset_states_ + i * H_ + first, units);
+    }
+
+    template <Gate kGate>
+    void finish_reset_before(int64_t i, int64_t s, const T* h, T* new_h) {
+        const T *const gates = gates_ + i * 3 * H_, *const sums = sums_ + i * H_;
+        for_vectors<T>(H_, [&](int64_t j, int64_t lanes) {
+            const Vec<T> u_n = Vec<T>::load(sums + j, lanes) + load_or_zero<T>(p_.bias_hh, 2 * H_ + j, lanes);
+            const Vec<T> r = Vec<T>::load(gates + j, lanes), z = Vec<T>::load(gates + H_ + j, lanes);
+            const Vec<T> n = tanh(Vec<T>::load(gates + 2 * H_ + j, lanes) + u_n);
+            write_state<kGate>(i, s, j, lanes, z, n, h, new_h);
+            if (rows_[i].gates == nullptr) return;
+            S* const saved = rows_[i].gates + s * strides_.gates + j;
+            store(r, saved, lanes);
+            store(z, saved + H_, lanes);
+            store(n, saved + 2 * H_, lanes);
+        });
+    }
+
+    template <Gate kGate>
+    void write_state(int64_t i, int64_t s, int64_t j, int64_t lanes, Vec<T> z, Vec<T> n, const T* h, T* new_h) {
+        const Vec<T> old_h = Vec<T>::load(h + j, lanes);
+        const Vec<T> result = n + keep_weight<kGate>(z, Vec<T>(scores_[i])) * (old_h - n);
+        result.store(new_h + j, lanes);
+        store(result, rows_[i].output + s * strides_.output + j, lanes);
+    }
+
+    const GruForward<S>& p_;
+    const int64_t H_, I_, depth_;
+    const int64_t* const order_;
+    const int64_t count_;
+    Strides<S> strides_;
+    const Scratch<Row<S>> rows_;
+    const Scratch<T> scores_, current_, next_;      // [rows]; two of [rows, depth]: this step's [x, h], the next one's
+    const Scratch<T> reset_states_, gates_, sums_;  // [rows, H] r h; [rows, 3H] r, z, n's W x; [rows, H] U_n (r h)
+};
 
 }  // namespace
 
-template <Capability kTarget, typename T>
-int64_t gru_forward_packed_size(int64_t I, int64_t H) {
-    return packed_size<T>(H, 2 * H) + packed_size<T>(H, H) + packed_size<T>(I, 3 * H);
+template <Capability kTarget, typename S>
+int64_t gru_projection_packed_size(const GruProblem<S>& p) {
+    return packed_size<Compute<S>>(p.input_size, 3 * p.hidden_size);
 }
 
-template <Capability kTarget, typename T>
-void gru_forward_pack(const GruForward<T>& p) {
-    const int64_t I = p.input_size, H = p.hidden_size;
-    const Packed<T> packed = packed_parts(p.packed, H);
-    pack(p.weight_hh, 1, H, H, 2 * H, packed.u_rz);
-    pack(p.weight_hh + 2 * H * H, 1, H, H, H, packed.u_n);
-    pack(p.weight_ih, 1, I, I, 3 * H, packed.w);
+template <Capability kTarget, typename S>
+void gru_projection_pack(const GruProblem<S>& p, const GruProjection<S>& projection) {
+    pack(p.weight_ih, 1, p.input_size, p.input_size, 3 * p.hidden_size, projection.packed);
 }
 
-template <Capability kTarget, typename T>
-void gru_project_input(const GruForward<T>& p, int64_t batch_begin, int64_t batch_end) {
+template <Capability kTarget, typename S>
+void gru_projection(const GruProblem<S>& p, const GruProjection<S>& projection, int64_t batch_begin, int64_t batch_end) {
+    using T = Compute<S>;
     const int64_t I = p.input_size, H = p.hidden_size;
-    const Packed<T> packed = packed_parts(p.packed, H);
+    const Scratch<T> x(p.steps * I);
     for (int64_t b = batch_begin; b < batch_end; ++b) {
-        multiply<T>(p.input + b * p.input_stride_b, p.input_stride_t, packed.w, nullptr, false,
-                    p.projected + b * p.steps * 3 * H, 3 * H, p.lengths[b], 3 * H, I);
+        for (int64_t t = 0; t < p.lengths[b]; ++t) {
+            copy_or_zero(p.input + b * p.input_stride_b + t * p.input_stride_t, I, x + t * I);
+        }
+        multiply<T>(x, I, projection.packed, nullptr, false, projection.projected + b * p.steps * 3 * H, 3 * H, p.lengths[b],
+                    3 * H, I);
     }
 }
 
-template <Capability kTarget, typename T>
-void gru_forward_sweep(const GruForward<T>& p, int64_t tile_begin, int64_t tile_end) {
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile) sweep_tile(p, tile);
+template <Capability kTarget, typename S>
+int64_t gru_forward_block_rows() {
+    return kStepRows;
 }
 
-#define DIEN_OPS_INSTANTIATE(T)                                                              \
-    template int64_t gru_forward_packed_size<kCapability, T>(int64_t, int64_t);              \
-    template void gru_forward_pack<kCapability, T>(const GruForward<T>&);                    \
-    template void gru_project_input<kCapability, T>(const GruForward<T>&, int64_t, int64_t); \
-    template void gru_forward_sweep<kCapability, T>(const GruForward<T>&, int64_t, int64_t);
+template <Capability kTarget, typename S>
+int64_t gru_forward_packed_size(const GruForward<S>& p) {
+    using T = Compute<S>;
+    const int64_t H = p.hidden_size;
+    return panels_size<T>(panel_input_size(p), H) + (p.reset_after ? 0 : packed_size<T>(H, H));
+}
+
+template <Capability kTarget, typename S>
+void gru_forward_pack(const GruForward<S>& p) {
+    const int64_t H = p.hidden_size;
+    pack_panels(p.weight_ih, p.weight_hh, panel_input_size(p), H, p.packed);
+    if (!p.reset_after) pack(p.weight_hh + 2 * H * H, 1, H, H, H, packed_u_n(p));
+}
+
+template <Capability kTarget, typename S>
+void gru_forward_sweep(const GruForward<S>& p, int64_t tile_begin, int64_t tile_end) {
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) Tile<S>(p, tile).run();
+}
+
+#define DIEN_OPS_INSTANTIATE(S)                                                                                    \
+    template int64_t gru_projection_packed_size<kCapability, S>(const GruProblem<S>&);                             \
+    template void gru_projection_pack<kCapability, S>(const GruProblem<S>&, const GruProjection<S>&);              \
+    template void gru_projection<kCapability, S>(const GruProblem<S>&, const GruProjection<S>&, int64_t, int64_t); \
+    template int64_t gru_forward_block_rows<kCapability, S>();                                                     \
+    template int64_t gru_forward_packed_size<kCapability, S>(const GruForward<S>&);                                \
+    template void gru_forward_pack<kCapability, S>(const GruForward<S>&);                                          \
+    template void gru_forward_sweep<kCapability, S>(const GruForward<S>&, int64_t, int64_t);
 DIEN_OPS_INSTANTIATE(float)
 DIEN_OPS_INSTANTIATE(double)
+DIEN_OPS_INSTANTIATE(BFloat16)
+DIEN_OPS_INSTANTIATE(Half)
 #undef DIEN_OPS_INSTANTIATE
 
 }  // namespace dien_ops::cpu

@@ -7,6 +7,7 @@
 #include "common/gates.h"
 #include "cpu/scratch.h"
 #include "cpu/simd.h"
+#include "cpu/storage.h"
 
 namespace dien_ops::cpu {
 namespace {
@@ -37,15 +38,29 @@ void for_vectors(int64_t n, F&& f) {
     if (j < n) f(j, n - j);
 }
 
-template <typename T>
-Vec<T> load_or_zero(const T* p, int64_t j, int64_t lanes) {
-    return p != nullptr ? Vec<T>::load(p + j, lanes) : Vec<T>();
+template <typename T, typename S>
+Vec<T> load_or_zero(const S* p, int64_t j, int64_t lanes) {
+    return p != nullptr ? load<T>(p + j, lanes) : Vec<T>();
 }
 
-template <typename T>
-void copy_or_zero(const T* source, int64_t n, T* destination) {
+// Copies n elements from one format of storage to another.
+template <typename From, typename To>
+void copy_or_zero(const From* source, int64_t n, To* destination) {
     if (source == nullptr) return fill_zeros(destination, n);
-    std::memcpy(destination, source, n * sizeof(T));
+    if constexpr (std::is_same_v<From, To>) {
+        std::memcpy(destination, source, n * sizeof(To));
+    } else {
+        using T = std::conditional_t<std::is_same_v<From, Compute<From>>, From, To>;
+        for_vectors<T>(n, [&](int64_t j, int64_t lanes) { store(load<T>(source + j, lanes), destination + j, lanes); });
+    }
+}
+
+// The distance of two rows of n elements in a buffer: an odd number of cache lines, so that rows which lie a power of two
+// apart do not fall into the same few sets of the cache.
+template <typename T>
+int64_t padded(int64_t n) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    return ((n + kLine - 1) / kLine | 1) * kLine;
 }
 
 }  // namespace

@@ -128,6 +128,8 @@ struct ExpTraits<float> {
     static constexpr float kLowest = -87.0f, kHighest = 88.0f;
     static constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.428606765330187e-06f;
     static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    static constexpr float kInverseFactorials[] = {1.0f,      1.0f,       1 / 2.0f,   1 / 6.0f,
+                                                   1 / 24.0f, 1 / 120.0f, 1 / 720.0f, 1 / 5040.0f};
 };
 
 template <>
@@ -136,6 +138,9 @@ struct ExpTraits<double> {
     static constexpr double kLowest = -708.0, kHighest = 709.0;
     static constexpr double kLn2High = 0.693147180369123816490, kLn2Low = 1.90821492927058770002e-10;
     static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+    static constexpr double kInverseFactorials[] = {
+        1.0,        1.0,         1 / 2.0,      1 / 6.0,       1 / 24.0,       1 / 120.0,       1 / 720.0,
+        1 / 5040.0, 1 / 40320.0, 1 / 362880.0, 1 / 3628800.0, 1 / 39916800.0, 1 / 479001600.0, 1 / 6227020800.0};
 };
 
 // exp(x) = scale * (1 + tail) with scale a power of two and tail = expm1(r), |r| <= ln(2)/2.
@@ -153,9 +158,10 @@ ExpParts<T> exp_parts(Vec<T> x) {
     const Vec<T> n = shifted - Vec<T>(Traits::kRound);
     const Vec<T> r = clamped - n * Vec<T>(Traits::kLn2High) - n * Vec<T>(Traits::kLn2Low);
 
-    // expm1(r) = r + r^2 (1/2 + r/6 + ...): the bracket from the inside out, then one rounding that matters
-    Vec<T> series(T(1) / T(Traits::kTerms));
-    for (int k = Traits::kTerms - 1; k >= 2; --k) series = (Vec<T>(T(1)) + series * r) * Vec<T>(T(1) / T(k));
+    // expm1(r) = r + r^2 (1/2! + r/3! + r^2/4! + ...): the bracket from the inside out, then one rounding that matters
+    Vec<T> series(Traits::kInverseFactorials[Traits::kTerms]);
+#pragma GCC unroll 16
+    for (int k = Traits::kTerms - 1; k >= 2; --k) series = Vec<T>(Traits::kInverseFactorials[k]) + series * r;
 
     const Bits exponent = __builtin_convertvector(n.v, Bits) + Traits::kBias;
     ExpParts<T> parts;

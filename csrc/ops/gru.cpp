@@ -14,6 +14,7 @@ namespace {
 using cpu::GruBackward;
 using cpu::GruForward;
 using cpu::GruProblem;
+using cpu::GruProjection;
 
 Gate parse_gate(const std::string& name) {
     if (name == "none") return Gate::none;
@@ -50,7 +51,7 @@ struct Arguments {
     std::vector<int64_t> output_sizes() const { return with_time(rows(), {H}); }
     std::vector<int64_t> attention_sizes() const { return with_time(rows(), {}); }
     std::vector<int64_t> gates_sizes() const { return {B, C, T, (reset_after ? 4 : 3) * H}; }
-    std::vector<int64_t> projected_sizes() const { return {B, T, 3 * H}; }
+    ScalarType compute_dtype() const { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 };
 
 Arguments read_arguments(const Tensor& input, const OptionalTensor& attention, const OptionalTensor& hx,
@@ -88,18 +89,18 @@ Arguments read_arguments(const Tensor& input, const OptionalTensor& attention, c
     return a;
 }
 
-template <typename T>
-GruProblem<T> problem(const Arguments& a) {
-    GruProblem<T> p{};
+template <typename S>
+GruProblem<S> problem(const Arguments& a) {
+    GruProblem<S> p{};
     p.batch = a.B, p.targets = a.C, p.steps = a.T, p.input_size = a.I, p.hidden_size = a.H;
     p.gate = a.gate, p.reset_after = a.reset_after, p.reverse = a.reverse;
-    p.input = pointer<T>(a.input);
-    p.attention = pointer<T>(a.attention);
-    p.hx = pointer<T>(a.hx);
-    p.weight_ih = pointer<T>(a.weight_ih);
-    p.weight_hh = pointer<T>(a.weight_hh);
-    p.bias_ih = pointer<T>(a.bias_ih);
-    p.bias_hh = pointer<T>(a.bias_hh);
+    p.input = pointer<S>(a.input);
+    p.attention = pointer<S>(a.attention);
+    p.hx = pointer<S>(a.hx);
+    p.weight_ih = pointer<S>(a.weight_ih);
+    p.weight_hh = pointer<S>(a.weight_hh);
+    p.bias_ih = pointer<S>(a.bias_ih);
+    p.bias_hh = pointer<S>(a.bias_hh);
     p.lengths = a.lengths.data();
     p.order = a.order.data();
     if (a.batch_first) {  // [B, T, I], [B, C, T], [B, C, T, H]
@@ -111,22 +112,33 @@ GruProblem<T> problem(const Arguments& a) {
         p.attention_stride_b = a.C, p.attention_stride_c = 1, p.attention_stride_t = a.B * a.C;
         p.output_stride_b = a.C * a.H, p.output_stride_c = a.H, p.output_stride_t = a.B * a.C * a.H;
     }
-    // Small enough that every thread has a tile and the tile's states stay in the first caches; whole register tiles.
-    constexpr int64_t kLargest = 32, kSmallest = 8;
-    const int64_t share = divide_up(p.rows(), torch::stable::get_num_threads());
-    p.tile_rows = std::clamp(divide_up(share, kSmallest) * kSmallest, kSmallest, kLargest);
     return p;
 }
 
-// W x for every valid step, and the packed weights that it and the forward sweep need.
-template <cpu::Capability kTarget, typename T>
-void project_input(GruForward<T>& p, const Tensor& projected, Tensor& packed, ScalarType dtype) {
-    packed = empty({cpu::gru_forward_packed_size<kTarget, T>(p.input_size, p.hidden_size)}, dtype);
-    p.packed = mutable_pointer<T>(packed);
-    p.projected = mutable_pointer<T>(projected);
-    cpu::gru_forward_pack<kTarget>(p);
-    parallel_tasks(p.batch, [&](int64_t b) { cpu::gru_project_input<kTarget>(p, b, b + 1); });
+// The packed weights of W x and W x itself for every valid step, [B, T, 3H].
+template <cpu::Capability kTarget, typename S>
+Tensor project_input(const GruProblem<S>& p, ScalarType dtype) {
+    using T = Compute<S>;
+    const Tensor packed = empty({cpu::gru_projection_packed_size<kTarget>(p)}, dtype);
+    const Tensor projected = empty({p.batch, p.steps, 3 * p.hidden_size}, dtype);
+    const GruProjection<S> projection = {mutable_pointer<T>(packed), mutable_pointer<T>(projected)};
+    cpu::gru_projection_pack<kTarget>(p, projection);
+    parallel_tasks(p.batch, [&](int64_t b) { cpu::gru_projection<kTarget>(p, projection, b, b + 1); });
+    return projected;
 }
+
+// Rows per tile of the forward sweep: every thread has a tile, the tile's states stay in the first caches, and the blocks that
+// the kernel works on are full. No bit of the result depends on it.
+int64_t forward_tile_rows(int64_t rows, int64_t block) {
+    constexpr int64_t kLargest = 48;
+    const int64_t share = std::max<int64_t>(1, divide_up(rows, torch::stable::get_num_threads()));
+    const int64_t tile = divide_up(share, divide_up(share, kLargest));
+    return divide_up(tile, block) * block;
+}
+
+// Rows per tile and groups of tiles of the backward sweep, which set the order of its sums: from the number of rows alone.
+int64_t backward_tile_rows(int64_t rows) { return rows <= 64 ? 8 : rows <= 256 ? 16 : 32; }
+int64_t backward_groups(int64_t tiles) { return std::clamp<int64_t>(tiles, 1, 16); }
 
 std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& input, const OptionalTensor& attention, const OptionalTensor& hx,
                                        const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
@@ -136,16 +148,23 @@ std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& input, const OptionalTensor
                                        batch_first, reverse);
     const Tensor output = empty(a.output_sizes(), a.dtype), h_n = empty(a.state_sizes(), a.dtype);
     const Tensor gates = empty(save_gates ? a.gates_sizes() : std::vector<int64_t>{0}, a.dtype);
-    with_floating_type(a.dtype, "input", [&](auto zero) {
-        using T = decltype(zero);
-        GruForward<T> p{problem<T>(a)};
-        p.output = mutable_pointer<T>(output);
-        p.h_n = mutable_pointer<T>(h_n);
-        p.gates = save_gates ? mutable_pointer<T>(gates) : nullptr;
-        const Tensor projected = empty(a.projected_sizes(), a.dtype);
+    with_storage_type(a.dtype, "input", [&](auto zero) {
+        using S = decltype(zero);
+        GruForward<S> p{problem<S>(a)};
+        p.output = mutable_pointer<S>(output);
+        p.h_n = mutable_pointer<S>(h_n);
+        p.gates = save_gates ? mutable_pointer<S>(gates) : nullptr;
         cpu::with_capability([&](auto target) {
-            Tensor packed;
-            project_input<target()>(p, projected, packed, a.dtype);
+            const int64_t block = cpu::gru_forward_block_rows<target(), S>();
+            p.tile_rows = forward_tile_rows(p.rows(), block);
+            Tensor projected;
+            if (a.C != 1 || p.rows() < block) {
+                projected = project_input<target()>(p, a.compute_dtype());
+                p.projected = pointer<Compute<S>>(projected);
+            }
+            const Tensor packed = empty({cpu::gru_forward_packed_size<target()>(p)}, a.compute_dtype());
+            p.packed = mutable_pointer<Compute<S>>(packed);
+            cpu::gru_forward_pack<target()>(p);
             parallel_tasks(p.tiles(), [&](int64_t tile) { cpu::gru_forward_sweep<target()>(p, tile, tile + 1); });
         });
     });
@@ -167,42 +186,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
     const std::vector<int64_t> none = {0};
     const Tensor grad_input = empty(sizes_of(a.input), a.dtype), grad_hx = empty(a.state_sizes(), a.dtype);
     const Tensor grad_attention = empty(attention.has_value() ? a.attention_sizes() : none, a.dtype);
-    const Tensor grad_weight_ih = zeros({3 * a.H, a.I}, a.dtype), grad_weight_hh = zeros({3 * a.H, a.H}, a.dtype);
-    const Tensor grad_bias_ih = zeros({3 * a.H}, a.dtype), grad_bias_hh = zeros({3 * a.H}, a.dtype);
-    with_floating_type(a.dtype, "input", [&](auto zero) {
-        using T = decltype(zero);
-        GruBackward<T> p{problem<T>(a)};
-        p.output = pointer<T>(dense_output);
-        p.gates = pointer<T>(dense_gates);
-        p.grad_output = pointer<T>(dense_grad_output);
-        p.grad_h_n = pointer<T>(dense_grad_h_n);
-        p.grad_input = mutable_pointer<T>(grad_input);
-        p.grad_attention = attention.has_value() ? mutable_pointer<T>(grad_attention) : nullptr;
-        p.grad_hx = mutable_pointer<T>(grad_hx);
-        p.grad_weight_ih = mutable_pointer<T>(grad_weight_ih);
-        p.grad_weight_hh = mutable_pointer<T>(grad_weight_hh);
-        p.grad_bias_ih = mutable_pointer<T>(grad_bias_ih);
-        p.grad_bias_hh = mutable_pointer<T>(grad_bias_hh);
+    const Tensor grad_weight_ih = empty({3 * a.H, a.I}, a.dtype), grad_weight_hh = empty({3 * a.H, a.H}, a.dtype);
+    const Tensor grad_bias_ih = empty({3 * a.H}, a.dtype), grad_bias_hh = empty({3 * a.H}, a.dtype);
+    with_storage_type(a.dtype, "input", [&](auto zero) {
+        using S = decltype(zero);
+        using T = Compute<S>;
+        GruBackward<S> p{problem<S>(a)};
+        p.output = pointer<S>(dense_output);
+        p.gates = pointer<S>(dense_gates);
+        p.grad_output = pointer<S>(dense_grad_output);
+        p.grad_h_n = pointer<S>(dense_grad_h_n);
+        p.grad_input = mutable_pointer<S>(grad_input);
+        p.grad_attention = attention.has_value() ? mutable_pointer<S>(grad_attention) : nullptr;
+        p.grad_hx = mutable_pointer<S>(grad_hx);
+        p.grad_weight_ih = mutable_pointer<S>(grad_weight_ih);
+        p.grad_weight_hh = mutable_pointer<S>(grad_weight_hh);
+        p.grad_bias_ih = mutable_pointer<S>(grad_bias_ih);
+        p.grad_bias_hh = mutable_pointer<S>(grad_bias_hh);
+        p.tile_rows = backward_tile_rows(p.rows());
+        p.groups = backward_groups(p.tiles());
 
-        const bool scaled = a.gate == Gate::input;
-        const Tensor grad_gates = empty(a.gates_sizes(), a.dtype);
-        const Tensor projected = empty(scaled ? a.projected_sizes() : none, a.dtype);
-        const Tensor grad_projected = empty(scaled || a.C != 1 ? a.projected_sizes() : none, a.dtype);
-        p.grad_gates = mutable_pointer<T>(grad_gates);
-        p.projected = scaled ? pointer<T>(projected) : nullptr;
-        p.grad_projected = scaled || a.C != 1 ? mutable_pointer<T>(grad_projected) : nullptr;
+        const bool several = a.C != 1;
+        const std::vector<int64_t> parts = {a.B + p.groups, a.T, 3 * a.H};
+        const Tensor grad_projected = empty(several ? parts : none, a.compute_dtype());
+        p.grad_projected = several ? mutable_pointer<T>(grad_projected) : nullptr;
         cpu::with_capability([&](auto target) {
-            if (scaled) {
-                GruForward<T> forward{problem<T>(a)};
-                Tensor forward_packed;
-                project_input<target()>(forward, projected, forward_packed, a.dtype);
+            Tensor projected;
+            if (several && a.gate == Gate::input) {
+                projected = project_input<target()>(p, a.compute_dtype());
+                p.projected = pointer<T>(projected);
             }
-            const Tensor packed = empty({cpu::gru_backward_packed_size<target(), T>(a.I, a.H)}, a.dtype);
+            const Tensor sums = empty({p.groups, cpu::gru_backward_sums_size<target()>(p)}, a.compute_dtype());
+            const Tensor packed = empty({cpu::gru_backward_packed_size<target()>(p)}, a.compute_dtype());
+            p.sums = mutable_pointer<T>(sums);
             p.packed = mutable_pointer<T>(packed);
             cpu::gru_backward_pack<target()>(p);
-            parallel_tasks(p.tiles(), [&](int64_t tile) { cpu::gru_backward_sweep<target()>(p, tile, tile + 1); });
-            parallel_tasks(p.batch, [&](int64_t b) { cpu::gru_backward_input<target()>(p, b, b + 1); });
-            parallel_ranges(3 * a.H, [&](int64_t begin, int64_t end) { cpu::gru_backward_weights<target()>(p, begin, end); });
+            parallel_tasks(p.groups, [&](int64_t group) { cpu::gru_backward_sweep<target()>(p, group, group + 1); });
+            if (several) {
+                parallel_tasks(p.groups, [&](int64_t group) { cpu::gru_backward_input<target()>(p, group, group + 1); });
+            }
+            parallel_ranges(a.I + a.H, [&](int64_t begin, int64_t end) { cpu::gru_backward_weights<target()>(p, begin, end); });
         });
     });
     const Tensor absent = empty(none, a.dtype);

@@ -16,6 +16,12 @@
 #include <string>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "common/number.h"
+
 namespace dien_ops::ops {
 
 using torch::headeronly::ScalarType;
@@ -57,7 +63,24 @@ inline OptionalTensor checked(const OptionalTensor& t, const char* argument, con
     return t.has_value() ? OptionalTensor(checked(*t, argument, expected, dtype)) : std::nullopt;
 }
 
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) { return torch::stable::empty(sizes, dtype); }
+// Memory that comes fresh from the system is cleared page by page when it is first written, which costs a large result more
+// than computing it; in pages of 2 MiB it costs a tenth. Only whole pages of a large block are asked for.
+inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t kPage = 2 << 20;
+    constexpr int64_t kLarge = 4 * kPage;
+    if (bytes < kLarge) return;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: refused, nothing is lost
+#endif
+}
+
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+    const Tensor t = torch::stable::empty(sizes, dtype);
+    advise_huge_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
+    return t;
+}
 
 inline Tensor zeros(const std::vector<int64_t>& sizes, ScalarType dtype) {
     Tensor t = empty(sizes, dtype);
@@ -102,6 +125,16 @@ void with_floating_type(ScalarType dtype, const char* argument, F&& f) {
     if (dtype == ScalarType::Float) return f(float{});
     if (dtype == ScalarType::Double) return f(double{});
     check(false, argument, " must be float32 or float64");
+}
+
+// The same with the formats that are only stored (common/number.h).
+template <typename F>
+void with_storage_type(ScalarType dtype, const char* argument, F&& f) {
+    if (dtype == ScalarType::Float) return f(float{});
+    if (dtype == ScalarType::Double) return f(double{});
+    if (dtype == ScalarType::BFloat16) return f(BFloat16{});
+    if (dtype == ScalarType::Half) return f(Half{});
+    check(false, argument, " must be float32, float64, bfloat16 or float16");
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

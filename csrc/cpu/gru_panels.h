@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// The products of one step of the forward recurrence: [x, h] with the weights of all gates.
+//
+// A panel is a run of units of the state with the lanes of all their gates side by side, in four groups:
+//
+//     r | z | n's W x | n's U h
+//
+// The last two are kept apart, as the reset gate scales only the second. A panel has one vector per group, its width being a
+// vector's; the last units, if they are few, take a panel of two vectors or of one, in which the groups share vectors, so that
+// H = 36 with vectors of 16 costs 7 products per element of [x, h] rather than 9. For each element of x and then of h a panel
+// stores its weights, kStored vectors: a whole panel leaves out the group that x or h has no share in.
+#pragma once
+
+#include "cpu/simd.h"
+#include "cpu/storage.h"
+
+namespace dien_ops::cpu {
+namespace {
+
+// Rows whose sums, four vectors each, stay in registers with three vectors of weights and one element of [x, h].
+#if defined(__aarch64__)
+constexpr int64_t kStepRows = 6;
+#else
+constexpr int64_t kStepRows = kCapability == Capability::avx512 ? 6 : 3;
+#endif
+
+// The number of vectors of a panel that begins where `left` units are left: 4, 2 or 1.
+template <typename T>
+int64_t panel_vectors(int64_t left) {
+    constexpr int64_t kSize = Vec<T>::kSize;
+    if (kSize >= 4 && 4 * left <= kSize) return 1;
+    return 2 * left <= kSize ? 2 : 4;
+}
+
+constexpr int64_t stored_vectors(int64_t vectors) { return vectors == 4 ? 3 : vectors; }
+
+// Calls f.operator()<vectors>(first unit, units, offset of its weights) for each panel of H units.
+template <typename T, typename F>
+void for_panels(int64_t depth, int64_t H, F&& f) {
+    constexpr int64_t kSize = Vec<T>::kSize;
+    int64_t offset = 0;
+    for (int64_t first = 0; first < H; first += kSize) {
+        const int64_t left = H - first, vectors = panel_vectors<T>(left), units = left < kSize ? left : kSize;
+        if (vectors == 4) f.template operator()<4>(first, units, offset);
+        if (vectors == 2) f.template operator()<2>(first, units, offset);
+        if (vectors == 1) f.template operator()<1>(first, units, offset);
+        offset += depth * stored_vectors(vectors) * kSize;
+    }
+}
+
+// Number of elements of the packed weights; I is 0 where x's share is computed elsewhere.
+template <typename T>
+int64_t panels_size(int64_t I, int64_t H) {
+    int64_t size = 0;
+    for_panels<T>(I + H, H, [&]<int64_t kVectors>(int64_t, int64_t, int64_t offset) {
+        size = offset + (I + H) * stored_vectors(kVectors) * Vec<T>::kSize;
+    });
+    return size;
+}
+
+// weight_ih [3H, I] and weight_hh [3H, H], gates r, z, n.
+template <typename T, typename S>
+void pack_panels(const S* weight_ih, const S* weight_hh, int64_t I, int64_t H, T* packed) {
+    constexpr int64_t kSize = Vec<T>::kSize;
+    for_panels<T>(I + H, H, [&]<int64_t kVectors>(int64_t first, int64_t units, int64_t offset) {
+        constexpr int64_t kStored = stored_vectors(kVectors), kWidth = kVectors * kSize / 4;
+        T* const panel = packed + offset;
+        std::memset(panel, 0, (I + H) * kStored * kSize * sizeof(T));
+        const auto copy = [&](const S* weight, int64_t depth, int64_t gate, int64_t group, T* to) {
+            for (int64_t u = 0; u < units; ++u) {
+                const S* const row = weight + (gate * H + first + u) * depth;
+                for (int64_t k = 0; k < depth; ++k) to[k * kStored * kSize + group * kWidth + u] = load_one(row + k);
+            }
+        };
+        for (int64_t gate = 0; gate < 3; ++gate) {
+            copy(weight_ih, I, gate, gate, panel);
+            copy(weight_hh, H, gate, gate == 2 && kVectors < 4 ? 3 : gate, panel + I * kStored * kSize);
+        }
+    });
+}
+
+// products [kRows][kVectors * kSize] = a [kRows, I + H] times a panel. The sums run in registers from 0, x's before h's.
+template <int64_t kRows, int64_t kVectors, typename T>
+void panel_products(const T* a, int64_t lda, int64_t I, int64_t H, const T* panel, T* products) {
+    constexpr int64_t kSize = Vec<T>::kSize, kStored = stored_vectors(kVectors);
+    Vec<T> sums[kRows][kVectors];
+    // kLast: where the last of the stored vectors is added
+    const auto add = [&]<int64_t kLast>(const T* x, int64_t depth) __attribute__((always_inline)) {
+        for (int64_t k = 0; k < depth; ++k) {
+            Vec<T> w[kStored];
+#pragma GCC unroll 3
+            for (int64_t v = 0; v < kStored; ++v) w[v] = Vec<T>::load(panel + v * kSize);
+            panel += kStored * kSize;
+#pragma GCC unroll 6
+            for (int64_t m = 0; m < kRows; ++m) {
+                const Vec<T> x_mk(x[m * lda + k]);
+#pragma GCC unroll 3
+                for (int64_t v = 0; v < kStored - 1; ++v) sums[m][v] += x_mk * w[v];
+                sums[m][kLast] += x_mk * w[kStored - 1];
+            }
+        }
+    };
+    add.template operator()<kStored - 1>(a, I);
+    add.template operator()<kVectors - 1>(a + I, H);
+#pragma GCC unroll 6
+    for (int64_t m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < kVectors; ++v) sums[m][v].store(products + (m * kVectors + v) * kSize);
+    }
+}
+
+// Calls f.operator()<rows>(m) for blocks of at most kRows rows that together cover m..M-1.
+template <int64_t kRows = kStepRows, typename F>
+void for_step_rows(int64_t m, int64_t M, F&& f) {
+    for (; m + kRows <= M; m += kRows) f.template operator()<kRows>(m);
+    if constexpr (kRows > 1) {
+        if (m < M) for_step_rows<kRows - 1>(m, M, f);
+    }
+}
+
+}  // namespace
+}  // namespace dien_ops::cpu

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors from and to memory in any format of storage (common/number.h): what is computed in float may be stored in 16 bits.
+#pragma once
+
+#include <type_traits>
+
+#include "common/number.h"
+#include "cpu/simd.h"
+
+namespace dien_ops::cpu {
+namespace {
+
+typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
+
+inline Bits32 bits_of(Vec<float> x) {
+    Bits32 bits;
+    std::memcpy(&bits, &x.v, sizeof(bits));
+    return bits;
+}
+
+inline Vec<float> floats_of(Bits32 bits) {
+    Vec<float> x;
+    std::memcpy(&x.v, &bits, sizeof(bits));
+    return x;
+}
+
+// The first n of a vector's 16-bit lanes, by powers of two: memcpy with a variable size would be a call.
+inline void copy_first(const char* source, char* destination, int64_t n) {
+    for (int64_t size = Vec<float>::kSize / 2; size > 0; size /= 2) {
+        if ((n & size) == 0) continue;
+        switch (size) {
+            case 8:
+                std::memcpy(destination, source, 16);
+                break;
+            case 4:
+                std::memcpy(destination, source, 8);
+                break;
+            case 2:
+                std::memcpy(destination, source, 4);
+                break;
+            default:
+                std::memcpy(destination, source, 2);
+        }
+        source += 2 * size, destination += 2 * size;
+    }
+}
+
+inline Vec<float> widen(Bits16 bits, BFloat16) { return floats_of(__builtin_convertvector(bits, Bits32) << 16); }
+
+// To the nearest, ties to even; a NaN stays one.
+inline Bits16 narrow(Vec<float> x, BFloat16) {
+    const Bits32 bits = bits_of(x);
+    const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Bits32 result = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded;
+    return __builtin_convertvector(result, Bits16);
+}
+
+// Half's exponent, moved to where float has its own, is 112 too small; scaling mends that for subnormal numbers too. What was
+// infinite or NaN has an exponent of 143 then and gets 255.
+inline Vec<float> widen(Bits16 half, Half) {
+    const Bits32 wide = __builtin_convertvector(half, Bits32);
+    const Bits32 sign = (wide & 0x8000) << 16;
+    const Vec<float> scaled = floats_of((wide & 0x7fff) << 13) * Vec<float>(0x1p112f);
+    const Bits32 bits = bits_of(scaled);
+    return floats_of((bits >= 0x47800000 ? bits | 0x7f800000 : bits) | sign);
+}
+
+// To the nearest, ties to even; beyond 65519 infinite; a NaN stays one.
+inline Bits16 narrow(Vec<float> x, Half) {
+    const Bits32 bits = bits_of(x), magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
+    // From 2^-14 on: the exponent moved, 13 bits rounded off; a carry runs into the exponent, as it should.
+    const Bits32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    // Below: added to 0.5, whose last place is 2^-24, the processor's own rounding leaves the result in the last bits.
+    const Bits32 subnormal = bits_of(floats_of(magnitude) + Vec<float>(0.5f)) - 0x3f000000;
+    const Bits32 finite = magnitude < 0x38800000 ? subnormal : normal;
+    const Bits32 infinite = magnitude > 0x7f800000 ? Bits32{} + 0x7e00 : Bits32{} + 0x7c00;
+    return __builtin_convertvector((magnitude >= 0x477ff000 ? infinite : finite) | sign, Bits16);
+}
+
+// The first n elements at p (0 <= n <= kSize), as what is computed in; the other lanes are 0.
+template <typename T, typename S>
+Vec<T> load(const S* p, int64_t n) {
+    if constexpr (std::is_same_v<S, T>) {
+        return Vec<T>::load(p, n);
+    } else {
+        Bits16 bits{};
+        if (n == Vec<T>::kSize) {
+            std::memcpy(&bits, p, sizeof(bits));
+        } else {
+            copy_first(reinterpret_cast<const char*>(p), reinterpret_cast<char*>(&bits), n);
+        }
+        return widen(bits, S{});
+    }
+}
+
+// Rounds the first n lanes of x to what is stored at p.
+template <typename T, typename S>
+void store(Vec<T> x, S* p, int64_t n) {
+    if constexpr (std::is_same_v<S, T>) {
+        x.store(p, n);
+    } else {
+        const Bits16 bits = narrow(x, S{});
+        if (n == Vec<T>::kSize) {
+            std::memcpy(p, &bits, sizeof(bits));
+        } else {
+            copy_first(reinterpret_cast<const char*>(&bits), reinterpret_cast<char*>(p), n);
+        }
+    }
+}
+
+template <typename S>
+Compute<S> load_one(const S* p) {
+    if constexpr (std::is_same_v<S, Compute<S>>) {
+        return *p;
+    } else {
+        return load<float>(p, 1).v[0];
+    }
+}
+
+}  // namespace
+}  // namespace dien_ops::cpu
