@@ -72,6 +72,7 @@ class Tile {
           scores_(count_),
           current_(count_ * depth_),
           next_(count_ * depth_),
+          products_(count_ * 4 * Vec<T>::kSize),
           reset_states_(p.reset_after ? 0 : count_ * H_),
           gates_(p.reset_after ? 0 : count_ * 3 * H_),
           sums_(p.reset_after ? 0 : count_ * H_) {
@@ -118,21 +119,15 @@ class Tile {
             });
         }
         for_panels<T>(I_ + H_, H_, [&]<int64_t kVectors>(int64_t first, int64_t units, int64_t offset) {
-            for_step_rows(0, running, [&]<int64_t kRows>(int64_t m) {
-                T products[kRows * kVectors * Vec<T>::kSize];
-                panel_products<kRows, kVectors>(now + m * depth_, depth_, I_, H_, p_.packed + offset, products);
-                with_gate(p_.gate, [&](auto gate) {
-                    for (int64_t i = m; i < m + kRows; ++i) {
-                        const T* const row_products = products + (i - m) * kVectors * Vec<T>::kSize;
-                        constexpr int64_t kWidth = kVectors * Vec<T>::kSize / 4;
-                        if (p_.reset_after) {
-                            finish<gate(), kWidth>(i, s, first, units, row_products, state(now, i), state(then, i));
-                        } else {
-                            begin<kWidth>(i, s, first, units, row_products, state(now, i));
-                        }
-                    }
+            constexpr int64_t kStride = kVectors * Vec<T>::kSize;
+            for (int64_t begin = 0; begin < I_ + H_; begin += kPanelDepth) {
+                const int64_t end = std::min(begin + kPanelDepth, I_ + H_);
+                for_step_rows(0, running, [&]<int64_t kRows>(int64_t m) {
+                    T* const products = products_ + m * kStride;
+                    panel_products<kRows, kVectors>(now + m * depth_, depth_, I_, H_, p_.packed + offset, begin, end, products);
+                    if (end == I_ + H_) finish_block<kRows, kVectors>(m, s, first, units, products, now, then);
                 });
-            });
+            }
         });
         if (p_.reset_after) return;
         multiply<T>(reset_states_, H_, packed_u_n(p_), nullptr, false, sums_, H_, running, H_, H_);
@@ -143,43 +138,67 @@ class Tile {
 
     T input_scale(int64_t i) const { return p_.gate == Gate::input ? scores_[i] : T(1); }
 
-    // W x + b_i + U h + b_h of a gate's units, of which the products hold the shares of what the panels were packed with.
-    Vec<T> with_rest(Vec<T> products, int64_t i, int64_t s, int64_t j, int64_t lanes) const {
-        if (rows_[i].projected != nullptr) {
-            products += Vec<T>(input_scale(i)) * Vec<T>::load(rows_[i].projected + s * strides_.projected + j, lanes);
+    // The rows m.. of a panel. Each pass over the rows is a chain of dependent operations per row; the processor works on as
+    // many rows at once as there are short chains, not one long one.
+    template <int64_t kRows, int64_t kVectors>
+    void finish_block(int64_t m, int64_t s, int64_t first, int64_t units, T* products, T* now, T* then) {
+        constexpr int64_t kSize = Vec<T>::kSize, kStride = kVectors * kSize, kWidth = kStride / 4;
+        if (p_.projected != nullptr) {
+            for (int64_t i = 0; i < kRows; ++i) add_projected<kWidth>(m + i, s, first, units, products + i * kStride);
         }
-        return products + load_or_zero<T>(p_.bias_ih, j, lanes);
+        // r and z: two vectors, one, or the first half of one
+        constexpr int64_t kGateVectors = kVectors == 4 ? 2 : 1, kGateLanes = kVectors == 1 ? kSize / 2 : kSize;
+        for (int64_t i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+            for (int64_t v = 0; v < kGateVectors; ++v) {
+                T* const gates = products + i * kStride + v * kSize;
+                sigmoid(Vec<T>::load(gates)).store(gates, kGateLanes);
+            }
+        }
+        if (!p_.reset_after) {
+            for (int64_t i = 0; i < kRows; ++i)
+                keep_gates<kWidth>(m + i, first, units, products + i * kStride, state(now, m + i));
+            return;
+        }
+        with_gate(p_.gate, [&](auto gate) {
+            for (int64_t i = 0; i < kRows; ++i) {
+                finish<gate(), kWidth>(m + i, s, first, units, products + i * kStride, state(now, m + i), state(then, m + i));
+            }
+        });
     }
 
-    // `units` units from `first` on of row i at step s, the reset after the product.
+    // Adds W x, where it was computed beforehand, to the units' products.
+    template <int64_t kWidth>
+    void add_projected(int64_t i, int64_t s, int64_t first, int64_t units, T* products) {
+        const Vec<T> scale(input_scale(i));
+        for (int64_t gate = 0; gate < 3; ++gate) {
+            T* const sum = products + gate * kWidth;
+            const T* const x = rows_[i].projected + s * strides_.projected + gate * H_ + first;
+            (Vec<T>::load(sum, units) + scale * Vec<T>::load(x, units)).store(sum, units);
+        }
+    }
+
+    // `units` units from `first` on of row i at step s, the reset after the product. gates: r, z, W_n x + b_in, U_n h + b_hn.
     template <Gate kGate, int64_t kWidth>
-    void finish(int64_t i, int64_t s, int64_t first, int64_t units, const T* products, const T* h, T* new_h) {
-        const auto product = [&](int64_t group) { return Vec<T>::load(products + group * kWidth, units); };
-        const Vec<T> r = sigmoid(with_rest(product(0), i, s, first, units) + load_or_zero<T>(p_.bias_hh, first, units));
-        const Vec<T> z =
-            sigmoid(with_rest(product(1), i, s, H_ + first, units) + load_or_zero<T>(p_.bias_hh, H_ + first, units));
-        const Vec<T> u_n = product(3) + load_or_zero<T>(p_.bias_hh, 2 * H_ + first, units);
-        const Vec<T> n = tanh(with_rest(product(2), i, s, 2 * H_ + first, units) + r * u_n);
+    void finish(int64_t i, int64_t s, int64_t first, int64_t units, const T* gates, const T* h, T* new_h) {
+        const auto group = [&](int64_t g) { return Vec<T>::load(gates + g * kWidth, units); };
+        const Vec<T> r = group(0), z = group(1), u_n = group(3), n = tanh(group(2) + r * u_n);
         write_state<kGate>(i, s, first, units, z, n, h, new_h);
         if (rows_[i].gates == nullptr) return;
-        S* const gates = rows_[i].gates + s * strides_.gates + first;
-        store(r, gates, units);
-        store(z, gates + H_, units);
-        store(n, gates + 2 * H_, units);
-        store(u_n, gates + 3 * H_, units);
+        S* const saved = rows_[i].gates + s * strides_.gates + first;
+        store(r, saved, units);
+        store(z, saved + H_, units);
+        store(n, saved + 2 * H_, units);
+        store(u_n, saved + 3 * H_, units);
     }
 
-    // The reset before the product: r, z, r h and n's W x now, U_n (r h) when all of r h is there.
+    // The reset before the product: U_n (r h) has to wait until all of r h is there.
     template <int64_t kWidth>
-    void begin(int64_t i, int64_t s, int64_t first, int64_t units, const T* products, const T* h) {
-        T* const gates = gates_ + i * 3 * H_ + first;
-        const auto product = [&](int64_t group) { return Vec<T>::load(products + group * kWidth, units); };
-        const Vec<T> r = sigmoid(with_rest(product(0), i, s, first, units) + load_or_zero<T>(p_.bias_hh, first, units));
-        r.store(gates, units);
-        sigmoid(with_rest(product(1), i, s, H_ + first, units) + load_or_zero<T>(p_.bias_hh, H_ + first, units))
-            .store(gates + H_, units);
-        with_rest(product(2), i, s, 2 * H_ + first, units).store(gates + 2 * H_, units);
+    void keep_gates(int64_t i, int64_t first, int64_t units, const T* gates, const T* h) {
+        const Vec<T> r = Vec<T>::load(gates, units);
         (r * Vec<T>::load(h + first, units)).store(reset_states_ + i * H_ + first, units);
+        T* const kept = gates_ + i * 3 * H_ + first;
+        for (int64_t g = 0; g < 3; ++g) Vec<T>::load(gates + g * kWidth, units).store(kept + g * H_, units);
     }
 
     template <Gate kGate>
@@ -213,6 +232,7 @@ class Tile {
     Strides<S> strides_;
     const Scratch<Row<S>> rows_;
     const Scratch<T> scores_, current_, next_;      // [rows]; two of [rows, depth]: this step's [x, h], the next one's
+    const Scratch<T> products_;                     // [rows, the vectors of a panel]
     const Scratch<T> reset_states_, gates_, sums_;  // [rows, H] r h; [rows, 3H] r, z, n's W x; [rows, H] U_n (r h)
 };
 
@@ -257,7 +277,7 @@ int64_t gru_forward_packed_size(const GruForward<S>& p) {
 template <Capability kTarget, typename S>
 void gru_forward_pack(const GruForward<S>& p) {
     const int64_t H = p.hidden_size;
-    pack_panels(p.weight_ih, p.weight_hh, panel_input_size(p), H, p.packed);
+    pack_panels(p.weight_ih, p.weight_hh, p.bias_ih, p.bias_hh, panel_input_size(p), H, p.packed);
     if (!p.reset_after) pack(p.weight_hh + 2 * H * H, 1, H, H, H, packed_u_n(p));
 }
 

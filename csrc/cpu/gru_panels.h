@@ -8,7 +8,8 @@
 // The last two are kept apart, as the reset gate scales only the second. A panel has one vector per group, its width being a
 // vector's; the last units, if they are few, take a panel of two vectors or of one, in which the groups share vectors, so that
 // H = 36 with vectors of 16 costs 7 products per element of [x, h] rather than 9. For each element of x and then of h a panel
-// stores its weights, kStored vectors: a whole panel leaves out the group that x or h has no share in.
+// stores its weights, stored_vectors of them: a whole panel leaves out the group that x or h has no share in. The biases of all
+// groups follow.
 #pragma once
 
 #include "cpu/simd.h"
@@ -44,7 +45,7 @@ void for_panels(int64_t depth, int64_t H, F&& f) {
         if (vectors == 4) f.template operator()<4>(first, units, offset);
         if (vectors == 2) f.template operator()<2>(first, units, offset);
         if (vectors == 1) f.template operator()<1>(first, units, offset);
-        offset += depth * stored_vectors(vectors) * kSize;
+        offset += (depth * stored_vectors(vectors) + vectors) * kSize;
     }
 }
 
@@ -53,44 +54,51 @@ template <typename T>
 int64_t panels_size(int64_t I, int64_t H) {
     int64_t size = 0;
     for_panels<T>(I + H, H, [&]<int64_t kVectors>(int64_t, int64_t, int64_t offset) {
-        size = offset + (I + H) * stored_vectors(kVectors) * Vec<T>::kSize;
+        size = offset + ((I + H) * stored_vectors(kVectors) + kVectors) * Vec<T>::kSize;
     });
     return size;
 }
 
-// weight_ih [3H, I] and weight_hh [3H, H], gates r, z, n.
+// weight_ih [3H, I], weight_hh [3H, H], and the biases [3H], which may be null; gates r, z, n.
 template <typename T, typename S>
-void pack_panels(const S* weight_ih, const S* weight_hh, int64_t I, int64_t H, T* packed) {
+void pack_panels(const S* weight_ih, const S* weight_hh, const S* bias_ih, const S* bias_hh, int64_t I, int64_t H, T* packed) {
     constexpr int64_t kSize = Vec<T>::kSize;
     for_panels<T>(I + H, H, [&]<int64_t kVectors>(int64_t first, int64_t units, int64_t offset) {
         constexpr int64_t kStored = stored_vectors(kVectors), kWidth = kVectors * kSize / 4;
-        T* const panel = packed + offset;
-        std::memset(panel, 0, (I + H) * kStored * kSize * sizeof(T));
-        const auto copy = [&](const S* weight, int64_t depth, int64_t gate, int64_t group, T* to) {
-            for (int64_t u = 0; u < units; ++u) {
+        T *const panel = packed + offset, *const bias = panel + (I + H) * kStored * kSize;
+        std::memset(panel, 0, ((I + H) * kStored + kVectors) * kSize * sizeof(T));
+        const auto add = [&](const S* weight, int64_t depth, int64_t gate, int64_t group, T* to) {
+            for (int64_t u = 0; u < units && weight != nullptr; ++u) {
                 const S* const row = weight + (gate * H + first + u) * depth;
-                for (int64_t k = 0; k < depth; ++k) to[k * kStored * kSize + group * kWidth + u] = load_one(row + k);
+                for (int64_t k = 0; k < depth; ++k) to[k * kStored * kSize + group * kWidth + u] += load_one(row + k);
             }
         };
         for (int64_t gate = 0; gate < 3; ++gate) {
-            copy(weight_ih, I, gate, gate, panel);
-            copy(weight_hh, H, gate, gate == 2 && kVectors < 4 ? 3 : gate, panel + I * kStored * kSize);
+            add(weight_ih, I, gate, gate, panel);
+            add(weight_hh, H, gate, gate == 2 && kVectors < 4 ? 3 : gate, panel + I * kStored * kSize);
+            add(bias_ih, 1, gate, gate, bias);
+            add(bias_hh, 1, gate, gate == 2 ? 3 : gate, bias);
         }
     });
 }
 
-// products [kRows][kVectors * kSize] = a [kRows, I + H] times a panel. The sums run in registers from 0, x's before h's.
+// The part of a panel's weights that is worked on at a time: with 16-wide vectors 24 KiB, which stay in the first cache while
+// all rows of a tile pass by.
+constexpr int64_t kPanelDepth = 128;
+
+// products [kRows][kVectors * kSize] of a [kRows, I + H] and a panel: the share of elements begin..end-1, summed in registers,
+// added to the products so far. The biases come last.
 template <int64_t kRows, int64_t kVectors, typename T>
-void panel_products(const T* a, int64_t lda, int64_t I, int64_t H, const T* panel, T* products) {
+void panel_products(const T* a, int64_t lda, int64_t I, int64_t H, const T* panel, int64_t begin, int64_t end, T* products) {
     constexpr int64_t kSize = Vec<T>::kSize, kStored = stored_vectors(kVectors);
     Vec<T> sums[kRows][kVectors];
     // kLast: where the last of the stored vectors is added
-    const auto add = [&]<int64_t kLast>(const T* x, int64_t depth) __attribute__((always_inline)) {
-        for (int64_t k = 0; k < depth; ++k) {
+    const auto add = [&]<int64_t kLast>(int64_t first, int64_t last) __attribute__((always_inline)) {
+        const T *const x = a + first, *w_k = panel + first * kStored * kSize;
+        for (int64_t k = 0; k < last - first; ++k, w_k += kStored * kSize) {
             Vec<T> w[kStored];
 #pragma GCC unroll 3
-            for (int64_t v = 0; v < kStored; ++v) w[v] = Vec<T>::load(panel + v * kSize);
-            panel += kStored * kSize;
+            for (int64_t v = 0; v < kStored; ++v) w[v] = Vec<T>::load(w_k + v * kSize);
 #pragma GCC unroll 6
             for (int64_t m = 0; m < kRows; ++m) {
                 const Vec<T> x_mk(x[m * lda + k]);
@@ -100,12 +108,18 @@ void panel_products(const T* a, int64_t lda, int64_t I, int64_t H, const T* pane
             }
         }
     };
-    add.template operator()<kStored - 1>(a, I);
-    add.template operator()<kVectors - 1>(a + I, H);
+    add.template operator()<kStored - 1>(begin, end < I ? end : I);
+    add.template operator()<kVectors - 1>(begin > I ? begin : I, end);
+    const T* const bias = panel + (I + H) * kStored * kSize;
 #pragma GCC unroll 6
     for (int64_t m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-        for (int64_t v = 0; v < kVectors; ++v) sums[m][v].store(products + (m * kVectors + v) * kSize);
+        for (int64_t v = 0; v < kVectors; ++v) {
+            T* const product = products + (m * kVectors + v) * kSize;
+            if (begin > 0) sums[m][v] += Vec<T>::load(product);
+            if (end == I + H) sums[m][v] += Vec<T>::load(bias + v * kSize);
+            sums[m][v].store(product);
+        }
     }
 }
 

@@ -27,13 +27,13 @@ struct NativeVector;
 template <>
 struct NativeVector<float> {
     typedef float Floats __attribute__((vector_size(kVectorBytes)));
-    typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+    typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
 };
 
 template <>
 struct NativeVector<double> {
     typedef double Floats __attribute__((vector_size(kVectorBytes)));
-    typedef int64_t Bits __attribute__((vector_size(kVectorBytes)));
+    typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
 };
 
 // The first n lanes of a vector, from and to memory. Rows are seldom a whole number of vectors long, so this is worth the
@@ -74,7 +74,7 @@ struct Vec {
 
     Vec() : v{} {}
     Vec(Native native) : v(native) {}
-    Vec(T scalar) : v(Native{} + scalar) {}
+    Vec(T scalar) : v(scalar - Native{}) {}  // x - 0 is x, which the compiler knows; 0 + x is not, where x is -0
 
     static Vec load(const T* p) {
         Vec result;
@@ -104,18 +104,48 @@ T sum(Vec<T> x) {
     return total;
 }
 
-// A NaN in x passes through, so that bad input is seen in the result.
+// The smaller and the larger of a bound and x; a NaN in x passes through, so that bad input is seen in the result. The
+// compiler makes two instructions of the portable form, as it may not assume what the processor's one does with a NaN. (The
+// forms with a mask of ones are the plain instructions, without GCC's warnings of an undefined operand.)
+#if defined(__AVX512F__)
+inline Vec<float> at_most(Vec<float> x, Vec<float> bound) { return Vec<float>(_mm512_maskz_min_ps(0xffff, bound.v, x.v)); }
+inline Vec<double> at_most(Vec<double> x, Vec<double> bound) { return Vec<double>(_mm512_maskz_min_pd(0xff, bound.v, x.v)); }
+inline Vec<float> at_least(Vec<float> x, Vec<float> bound) { return Vec<float>(_mm512_maskz_max_ps(0xffff, bound.v, x.v)); }
+inline Vec<double> at_least(Vec<double> x, Vec<double> bound) { return Vec<double>(_mm512_maskz_max_pd(0xff, bound.v, x.v)); }
+#elif defined(__AVX2__)
+inline Vec<float> at_most(Vec<float> x, Vec<float> bound) { return Vec<float>(_mm256_min_ps(bound.v, x.v)); }
+inline Vec<double> at_most(Vec<double> x, Vec<double> bound) { return Vec<double>(_mm256_min_pd(bound.v, x.v)); }
+inline Vec<float> at_least(Vec<float> x, Vec<float> bound) { return Vec<float>(_mm256_max_ps(bound.v, x.v)); }
+inline Vec<double> at_least(Vec<double> x, Vec<double> bound) { return Vec<double>(_mm256_max_pd(bound.v, x.v)); }
+#else
 template <typename T>
-Vec<T> clamp(Vec<T> x, T low, T high) {
-    const Vec<T> l(low), h(high);
-    const Vec<T> raised = l.v > x.v ? l.v : x.v;
-    return h.v < raised.v ? h.v : raised.v;
+Vec<T> at_most(Vec<T> x, Vec<T> bound) {
+    return bound.v < x.v ? bound.v : x.v;
 }
+template <typename T>
+Vec<T> at_least(Vec<T> x, Vec<T> bound) {
+    return bound.v > x.v ? bound.v : x.v;
+}
+#endif
 
 // positive ? a : b, lane by lane, where "positive" is x > 0.
 template <typename T>
 Vec<T> where_positive(Vec<T> x, Vec<T> a, Vec<T> b) {
     return x.v > 0 ? a.v : b.v;
+}
+
+template <typename T>
+typename NativeVector<T>::Bits bits_of(Vec<T> x) {
+    typename NativeVector<T>::Bits bits;
+    std::memcpy(&bits, &x.v, sizeof(bits));
+    return bits;
+}
+
+template <typename T>
+Vec<T> from_bits(typename NativeVector<T>::Bits bits) {
+    Vec<T> x;
+    std::memcpy(&x.v, &bits, sizeof(bits));
+    return x;
 }
 
 // The parts of a float format that exp needs.
@@ -149,31 +179,31 @@ struct ExpParts {
     Vec<T> scale, tail;
 };
 
+// x lies in kLowest..kHighest or is NaN.
 template <typename T>
 ExpParts<T> exp_parts(Vec<T> x) {
     using Traits = ExpTraits<T>;
-    using Bits = typename NativeVector<T>::Bits;
-    const Vec<T> clamped = clamp(x, Traits::kLowest, Traits::kHighest);
-    const Vec<T> shifted = clamped * Vec<T>(T(1.4426950408889634)) + Vec<T>(Traits::kRound);
+    // The last bits of `shifted` are the integer n next to x / ln(2); the others go when n is shifted into the exponent.
+    const Vec<T> shifted = x * Vec<T>(T(1.4426950408889634)) + Vec<T>(Traits::kRound);
     const Vec<T> n = shifted - Vec<T>(Traits::kRound);
-    const Vec<T> r = clamped - n * Vec<T>(Traits::kLn2High) - n * Vec<T>(Traits::kLn2Low);
+    const Vec<T> r = x - n * Vec<T>(Traits::kLn2High) - n * Vec<T>(Traits::kLn2Low);
 
     // expm1(r) = r + r^2 (1/2! + r/3! + r^2/4! + ...): the bracket from the inside out, then one rounding that matters
     Vec<T> series(Traits::kInverseFactorials[Traits::kTerms]);
 #pragma GCC unroll 16
     for (int k = Traits::kTerms - 1; k >= 2; --k) series = Vec<T>(Traits::kInverseFactorials[k]) + series * r;
 
-    const Bits exponent = __builtin_convertvector(n.v, Bits) + Traits::kBias;
-    ExpParts<T> parts;
-    const Bits scale_bits = exponent << Traits::kMantissaBits;
-    std::memcpy(&parts.scale.v, &scale_bits, sizeof(scale_bits));
-    parts.tail = r + r * r * series;
-    return parts;
+    return {from_bits<T>((bits_of(shifted) + Traits::kBias) << Traits::kMantissaBits), r + r * r * series};
+}
+
+template <typename T>
+Vec<T> clamp_for_exp(Vec<T> x) {
+    return at_most(at_least(x, Vec<T>(ExpTraits<T>::kLowest)), Vec<T>(ExpTraits<T>::kHighest));
 }
 
 template <typename T>
 Vec<T> exp(Vec<T> x) {
-    const ExpParts<T> e = exp_parts(x);
+    const ExpParts<T> e = exp_parts(clamp_for_exp(x));
     return e.scale + e.scale * e.tail;
 }
 
@@ -185,21 +215,19 @@ Vec<T> sigmoid(Vec<T> x) {
 // exp(x) - 1 without cancellation near 0.
 template <typename T>
 Vec<T> expm1(Vec<T> x) {
-    const ExpParts<T> e = exp_parts(x);
+    const ExpParts<T> e = exp_parts(clamp_for_exp(x));
     return e.scale * e.tail + (e.scale - Vec<T>(T(1)));
 }
 
-// With m = expm1(2 |x|): tanh |x| = m / (m + 2) near 0, where nothing cancels, and 1 - 2 / (m + 2) further out, where the
-// quotient's rounding is scaled down.
+// With m = expm1(2 |x|): tanh |x| = m / (m + 2), where nothing cancels.
 template <typename T>
 Vec<T> tanh(Vec<T> x) {
-    const Vec<T> one(T(1)), two(T(2));
-    const Vec<T> magnitude = clamp(where_positive(x, x, -x), T(0), T(20));  // beyond 20 the result is 1 in both precisions
-    const Vec<T> m = expm1(magnitude + magnitude);
-    const Vec<T> far = magnitude - Vec<T>(T(0.55));
-    const Vec<T> quotient = where_positive(far, two, m) / (m + two);
-    const Vec<T> result = where_positive(far, one - quotient, quotient);
-    return where_positive(x, result, -result);
+    using Bits = typename NativeVector<T>::Bits;
+    const Bits bits = bits_of(x), sign = bits & bits_of(Vec<T>(T(-0.0)));
+    const Vec<T> magnitude = at_most(from_bits<T>(bits ^ sign), Vec<T>(T(20)));  // beyond 20 the result is 1 in both precisions
+    const ExpParts<T> e = exp_parts(magnitude + magnitude);
+    const Vec<T> m = e.scale * e.tail + (e.scale - Vec<T>(T(1)));
+    return from_bits<T>(bits_of(m / (m + Vec<T>(T(2)))) | sign);
 }
 
 }  // namespace

@@ -11,19 +11,7 @@ namespace dien_ops::cpu {
 namespace {
 
 typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
-typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
-
-inline Bits32 bits_of(Vec<float> x) {
-    Bits32 bits;
-    std::memcpy(&bits, &x.v, sizeof(bits));
-    return bits;
-}
-
-inline Vec<float> floats_of(Bits32 bits) {
-    Vec<float> x;
-    std::memcpy(&x.v, &bits, sizeof(bits));
-    return x;
-}
+using Bits32 = NativeVector<float>::Bits;
 
 // The first n of a vector's 16-bit lanes, by powers of two: memcpy with a variable size would be a call.
 inline void copy_first(const char* source, char* destination, int64_t n) {
@@ -46,7 +34,7 @@ inline void copy_first(const char* source, char* destination, int64_t n) {
     }
 }
 
-inline Vec<float> widen(Bits16 bits, BFloat16) { return floats_of(__builtin_convertvector(bits, Bits32) << 16); }
+inline Vec<float> widen(Bits16 bits, BFloat16) { return from_bits<float>(__builtin_convertvector(bits, Bits32) << 16); }
 
 // To the nearest, ties to even; a NaN stays one.
 inline Bits16 narrow(Vec<float> x, BFloat16) {
@@ -61,9 +49,9 @@ inline Bits16 narrow(Vec<float> x, BFloat16) {
 inline Vec<float> widen(Bits16 half, Half) {
     const Bits32 wide = __builtin_convertvector(half, Bits32);
     const Bits32 sign = (wide & 0x8000) << 16;
-    const Vec<float> scaled = floats_of((wide & 0x7fff) << 13) * Vec<float>(0x1p112f);
+    const Vec<float> scaled = from_bits<float>((wide & 0x7fff) << 13) * Vec<float>(0x1p112f);
     const Bits32 bits = bits_of(scaled);
-    return floats_of((bits >= 0x47800000 ? bits | 0x7f800000 : bits) | sign);
+    return from_bits<float>((bits >= 0x47800000 ? bits | 0x7f800000 : bits) | sign);
 }
 
 // To the nearest, ties to even; beyond 65519 infinite; a NaN stays one.
@@ -72,7 +60,7 @@ inline Bits16 narrow(Vec<float> x, Half) {
     // From 2^-14 on: the exponent moved, 13 bits rounded off; a carry runs into the exponent, as it should.
     const Bits32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
     // Below: added to 0.5, whose last place is 2^-24, the processor's own rounding leaves the result in the last bits.
-    const Bits32 subnormal = bits_of(floats_of(magnitude) + Vec<float>(0.5f)) - 0x3f000000;
+    const Bits32 subnormal = bits_of(from_bits<float>(magnitude) + Vec<float>(0.5f)) - 0x3f000000;
     const Bits32 finite = magnitude < 0x38800000 ? subnormal : normal;
     const Bits32 infinite = magnitude > 0x7f800000 ? Bits32{} + 0x7e00 : Bits32{} + 0x7c00;
     return __builtin_convertvector((magnitude >= 0x477ff000 ? infinite : finite) | sign, Bits16);
