@@ -57,12 +57,13 @@ void with_vectors(int64_t width, F&& f) {
     return f.template operator()<1>();
 }
 
-// Calls f.operator()<rows>(m) for tiles of rows that together cover 0..M-1.
-template <typename F>
-void for_row_tiles(int64_t M, F&& f) {
-    int64_t m = 0;
-    for (; m + kTileRows <= M; m += kTileRows) f.template operator()<kTileRows>(m);
-    for (; m < M; ++m) f.template operator()<1>(m);
+// Calls f.operator()<rows>(m) for tiles of rows that together cover m..M-1: of kRows rows, then of half as many, and so on.
+template <int64_t kRows, typename F>
+void for_row_tiles(int64_t m, int64_t M, F&& f) {
+    for (; m + kRows <= M; m += kRows) f.template operator()<kRows>(m);
+    if constexpr (kRows > 1) {
+        if (m < M) for_row_tiles<kRows / 2>(m, M, f);
+    }
 }
 
 // One register tile: C[kRows, width] (+)= A B, width <= kVectors vectors.
@@ -101,35 +102,39 @@ void multiply(const T* a, int64_t lda, const T* packed_b, const T* bias, bool ac
         const int64_t width = N - n < kPanelWidth<T> ? N - n : kPanelWidth<T>;
         const T* panel_bias = bias != nullptr ? bias + n : nullptr;
         with_vectors<T>(width, [&]<int64_t kVectors>() {
-            for_row_tiles(M, [&]<int64_t kRows>(int64_t m) {
+            for_row_tiles<kTileRows>(0, M, [&]<int64_t kRows>(int64_t m) {
                 multiply_tile<kRows, kVectors>(a + m * lda, lda, panel, K, panel_bias, accumulate, c + m * ldc + n, ldc, width);
             });
         });
     }
 }
 
-// One register tile of accumulate_outer: C[kRows, width] += A^T B, with all kVectors vectors full or, where kVectors is 1,
-// `width` lanes of one.
+// One register tile of accumulate_outer: C[kRows, width] += A^T B, at most kVectors vectors, of which only the last may be
+// partial.
 template <int64_t kRows, int64_t kVectors, typename T>
 void outer_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K, T* c, int64_t ldc, int64_t width) {
-    constexpr int64_t kSize = Vec<T>::kSize;
-    const int64_t lanes = kVectors == 1 ? width : kSize;
+    constexpr int64_t kSize = Vec<T>::kSize, kLast = kVectors - 1;
+    const int64_t lanes = lanes_of<T>(kLast, width);
     Vec<T> sums[kRows][kVectors];
     for (int64_t k = 0; k < K; ++k) {
         Vec<T> row[kVectors];
 #pragma GCC unroll 3
-        for (int64_t v = 0; v < kVectors; ++v) row[v] = Vec<T>::load(b + k * ldb + v * kSize, lanes);
+        for (int64_t v = 0; v < kLast; ++v) row[v] = Vec<T>::load(b + k * ldb + v * kSize);
+        row[kLast] = Vec<T>::load(b + k * ldb + kLast * kSize, lanes);
 #pragma GCC unroll 8
         for (int64_t m = 0; m < kRows; ++m) {
             const Vec<T> a_km(a[k * lda + m]);
-#pragma GCC unroll 3
+#pragma GCC unroll 4
             for (int64_t v = 0; v < kVectors; ++v) sums[m][v] += a_km * row[v];
         }
     }
+#pragma GCC unroll 8
     for (int64_t m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
         for (int64_t v = 0; v < kVectors; ++v) {
             T* const p = c + m * ldc + v * kSize;
-            (Vec<T>::load(p, lanes) + sums[m][v]).store(p, lanes);
+            const int64_t n = v < kLast ? kSize : lanes;
+            (Vec<T>::load(p, n) + sums[m][v]).store(p, n);
         }
     }
 }
@@ -138,15 +143,18 @@ void outer_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K, T* 
 template <typename T>
 void accumulate_outer(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t M, int64_t N, int64_t K) {
     constexpr int64_t kSize = Vec<T>::kSize;
-    const auto columns = [&]<int64_t kVectors>(int64_t n, int64_t width) {
-        for_row_tiles(M, [&]<int64_t kRows>(int64_t m) {
-            outer_tile<kRows, kVectors>(a + m, lda, b + n, ldb, K, c + m * ldc + n, ldc, width);
+    const auto columns = [&]<int64_t kVectors>(int64_t n) {
+        constexpr int64_t kMostRows = kVectors > 3 ? kTileRows * 3 / 4 : kTileRows;  // as many sums
+        for_row_tiles<kMostRows>(0, M, [&]<int64_t kRows>(int64_t m) {
+            outer_tile<kRows, kVectors>(a + m, lda, b + n, ldb, K, c + m * ldc + n, ldc, N - n);
         });
     };
-    int64_t n = 0;
-    for (; n + 3 * kSize <= N; n += 3 * kSize) columns.template operator()<3>(n, 3 * kSize);
-    if (n + 2 * kSize <= N) columns.template operator()<2>(n, 2 * kSize), n += 2 * kSize;
-    for (; n < N; n += kSize) columns.template operator()<1>(n, N - n < kSize ? N - n : kSize);
+    // Four vectors in the end rather than three and one: a single vector is soon multiplied, and its rows' loads remain.
+    int64_t n = 0, left = (N + kSize - 1) / kSize;
+    for (; left > 4 || left == 3; left -= 3, n += 3 * kSize) columns.template operator()<3>(n);
+    if (left == 4) columns.template operator()<4>(n);
+    if (left == 2) columns.template operator()<2>(n);
+    if (left == 1) columns.template operator()<1>(n);
 }
 
 }  // namespace

@@ -122,7 +122,7 @@ class Tile {
             constexpr int64_t kStride = kVectors * Vec<T>::kSize;
             for (int64_t begin = 0; begin < I_ + H_; begin += kPanelDepth) {
                 const int64_t end = std::min(begin + kPanelDepth, I_ + H_);
-                for_step_rows(0, running, [&]<int64_t kRows>(int64_t m) {
+                for_row_tiles<kStepRows>(0, running, [&]<int64_t kRows>(int64_t m) {
                     T* const products = products_ + m * kStride;
                     panel_products<kRows, kVectors>(now + m * depth_, depth_, I_, H_, p_.packed + offset, begin, end, products);
                     if (end == I_ + H_) finish_block<kRows, kVectors>(m, s, first, units, products, now, then);

@@ -123,14 +123,5 @@ void panel_products(const T* a, int64_t lda, int64_t I, int64_t H, const T* pane
     }
 }
 
-// Calls f.operator()<rows>(m) for blocks of at most kRows rows that together cover m..M-1.
-template <int64_t kRows = kStepRows, typename F>
-void for_step_rows(int64_t m, int64_t M, F&& f) {
-    for (; m + kRows <= M; m += kRows) f.template operator()<kRows>(m);
-    if constexpr (kRows > 1) {
-        if (m < M) for_step_rows<kRows - 1>(m, M, f);
-    }
-}
-
 }  // namespace
 }  // namespace dien_ops::cpu
