@@ -119,13 +119,22 @@ class Tile {
             });
         }
         for_panels<T>(I_ + H_, H_, [&]<int64_t kVectors>(int64_t first, int64_t units, int64_t offset) {
-            constexpr int64_t kStride = kVectors * Vec<T>::kSize;
-            for (int64_t begin = 0; begin < I_ + H_; begin += kPanelDepth) {
-                const int64_t end = std::min(begin + kPanelDepth, I_ + H_);
-                for_row_tiles<kStepRows>(0, running, [&]<int64_t kRows>(int64_t m) {
+            constexpr int64_t kStride = kVectors * Vec<T>::kSize, kDepthStride = stored_vectors(kVectors) * Vec<T>::kSize;
+            const T *const w = p_.packed + offset, *const u = w + I_ * kDepthStride, *const bias = u + H_ * kDepthStride;
+            for (int64_t i = 0; i < running; ++i) std::memcpy(products_ + i * kStride, bias, kStride * sizeof(T));
+            for (int64_t k = 0; k < I_; k += kPanelDepth) {
+                const int64_t depth = std::min(kPanelDepth, I_ - k);
+                for_row_tiles<kTileRows>(0, running, [&]<int64_t kRows>(int64_t m) {
+                    panel_products<kRows, kVectors, 2>(now + m * depth_ + k, depth_, w + k * kDepthStride, depth,
+                                                       products_ + m * kStride);
+                });
+            }
+            for (int64_t k = 0; k < H_; k += kPanelDepth) {
+                const int64_t depth = std::min(kPanelDepth, H_ - k);
+                for_row_tiles<kTileRows>(0, running, [&]<int64_t kRows>(int64_t m) {
                     T* const products = products_ + m * kStride;
-                    panel_products<kRows, kVectors>(now + m * depth_, depth_, I_, H_, p_.packed + offset, begin, end, products);
-                    if (end == I_ + H_) finish_block<kRows, kVectors>(m, s, first, units, products, now, then);
+                    panel_products<kRows, kVectors, 3>(state(now, m) + k, depth_, u + k * kDepthStride, depth, products);
+                    if (k + depth == H_) finish_block<kRows, kVectors>(m, s, first, units, products, now, then);
                 });
             }
         });
@@ -264,7 +273,7 @@ void gru_projection(const GruProblem<S>& p, const GruProjection<S>& projection, 
 
 template <Capability kTarget, typename S>
 int64_t gru_forward_block_rows() {
-    return kStepRows;
+    return kTileRows;
 }
 
 template <Capability kTarget, typename S>

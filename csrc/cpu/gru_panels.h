@@ -18,13 +18,6 @@
 namespace dien_ops::cpu {
 namespace {
 
-// Rows whose sums, four vectors each, stay in registers with three vectors of weights and one element of [x, h].
-#if defined(__aarch64__)
-constexpr int64_t kStepRows = 6;
-#else
-constexpr int64_t kStepRows = kCapability == Capability::avx512 ? 6 : 3;
-#endif
-
 // The number of vectors of a panel that begins where `left` units are left: 4, 2 or 1.
 template <typename T>
 int64_t panel_vectors(int64_t left) {
@@ -86,39 +79,29 @@ void pack_panels(const S* weight_ih, const S* weight_hh, const S* bias_ih, const
 // all rows of a tile pass by.
 constexpr int64_t kPanelDepth = 128;
 
-// products [kRows][kVectors * kSize] of a [kRows, I + H] and a panel: the share of elements begin..end-1, summed in registers,
-// added to the products so far. The biases come last.
-template <int64_t kRows, int64_t kVectors, typename T>
-void panel_products(const T* a, int64_t lda, int64_t I, int64_t H, const T* panel, int64_t begin, int64_t end, T* products) {
+// products [kRows][kVectors * kSize] += a [kRows, depth] times the panel's weights of these elements. A whole panel has no more
+// than three vectors of sums per row at work: the last is added to group kLast, 2 for elements of x and 3 for those of h.
+template <int64_t kRows, int64_t kVectors, int64_t kLast, typename T>
+void panel_products(const T* a, int64_t lda, const T* weights, int64_t depth, T* products) {
     constexpr int64_t kSize = Vec<T>::kSize, kStored = stored_vectors(kVectors);
-    Vec<T> sums[kRows][kVectors];
-    // kLast: where the last of the stored vectors is added
-    const auto add = [&]<int64_t kLast>(int64_t first, int64_t last) __attribute__((always_inline)) {
-        const T *const x = a + first, *w_k = panel + first * kStored * kSize;
-        for (int64_t k = 0; k < last - first; ++k, w_k += kStored * kSize) {
-            Vec<T> w[kStored];
+    Vec<T> sums[kRows][kStored];
+    for (int64_t k = 0; k < depth; ++k, weights += kStored * kSize) {
+        Vec<T> w[kStored];
 #pragma GCC unroll 3
-            for (int64_t v = 0; v < kStored; ++v) w[v] = Vec<T>::load(w_k + v * kSize);
-#pragma GCC unroll 6
-            for (int64_t m = 0; m < kRows; ++m) {
-                const Vec<T> x_mk(x[m * lda + k]);
+        for (int64_t v = 0; v < kStored; ++v) w[v] = Vec<T>::load(weights + v * kSize);
+#pragma GCC unroll 8
+        for (int64_t m = 0; m < kRows; ++m) {
+            const Vec<T> a_mk(a[m * lda + k]);
 #pragma GCC unroll 3
-                for (int64_t v = 0; v < kStored - 1; ++v) sums[m][v] += x_mk * w[v];
-                sums[m][kLast] += x_mk * w[kStored - 1];
-            }
+            for (int64_t v = 0; v < kStored; ++v) sums[m][v] += a_mk * w[v];
         }
-    };
-    add.template operator()<kStored - 1>(begin, end < I ? end : I);
-    add.template operator()<kVectors - 1>(begin > I ? begin : I, end);
-    const T* const bias = panel + (I + H) * kStored * kSize;
-#pragma GCC unroll 6
+    }
+#pragma GCC unroll 8
     for (int64_t m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-        for (int64_t v = 0; v < kVectors; ++v) {
-            T* const product = products + (m * kVectors + v) * kSize;
-            if (begin > 0) sums[m][v] += Vec<T>::load(product);
-            if (end == I + H) sums[m][v] += Vec<T>::load(bias + v * kSize);
-            sums[m][v].store(product);
+#pragma GCC unroll 3
+        for (int64_t v = 0; v < kStored; ++v) {
+            T* const product = products + (m * kVectors + (kVectors == 4 && v == 2 ? kLast : v)) * kSize;
+            (Vec<T>::load(product) + sums[m][v]).store(product);
         }
     }
 }
