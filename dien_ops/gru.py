@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,10 +106,10 @@ def _gru_double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...
     return (*for_grads, *for_primals, *[None] * 7)  # lengths, output, gates; the options
 
 
-def _gru_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+def _gru_vmap(gru: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
     """Rows are independent, so a mapped axis becomes part of the batch; mapped weights take one call each."""
     if any(dim is not None for dim in in_dims[3:7]):
-        return _one_call_each(_differentiable_gru, info, in_dims, arguments)
+        return _one_call_each(gru, info, in_dims, *arguments)
     input, attention, hx, *weights, lengths, gate, reset_after, batch_first, reverse, save_gates = arguments
     axis = 0 if batch_first else 1
 
@@ -119,10 +120,10 @@ def _gru_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tu
             x, dim = x.expand(info.batch_size, *x.shape), 0
         return x.movedim(dim, axis).flatten(axis, axis + 1)
 
-    def unfolded(x: Tensor, axis: int) -> Tensor:
+    def unfolded(x: Tensor, axis: int) -> Any:
         return x.unflatten(axis, (info.batch_size, x.shape[axis] // info.batch_size))
 
-    output, h_n, gates = _differentiable_gru(
+    output, h_n, gates = gru(
         folded(input, in_dims[0], axis), folded(attention, in_dims[1], axis), folded(hx, in_dims[2], 0), *weights,
         folded(lengths, in_dims[7], 0), gate, reset_after, batch_first, reverse, save_gates,
     )  # fmt: skip
@@ -131,14 +132,10 @@ def _gru_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tu
     return (unfolded(output, axis), unfolded(h_n, 0), unfolded(gates, 0)), (axis, 0, 0)
 
 
-def _gru_backward_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-    """One call each: every gradient of the weights is a sum over the batch, and a folded batch would sum too much."""
-    return _one_call_each(_differentiable_gru_backward, info, in_dims, arguments)
-
-
 def _one_call_each(
-    operator: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
+    operator: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any
 ) -> tuple[Any, Any]:
+    """The backward's rule too: its gradients of the weights are sums over the batch, which may not be folded."""
     results = [
         operator(*(x.select(dim, i) if dim is not None else x for x, dim in zip(arguments, in_dims, strict=True)))
         for i in range(info.batch_size)
@@ -147,46 +144,42 @@ def _one_call_each(
     return outputs, (0,) * len(outputs)
 
 
-class _GRU(torch.autograd.Function):
-    """dien_ops::gru for torch.func, whose transforms do not see what register_autograd registers."""
-
-    forward = staticmethod(torch.ops.dien_ops.gru)
-    setup_context = staticmethod(_save_for_gru_backward)
-    backward = staticmethod(_gru_backward)
-    vmap = staticmethod(_gru_vmap)
-
-
-class _GRUBackward(torch.autograd.Function):
-    """dien_ops::gru_backward, likewise."""
-
-    forward = staticmethod(torch.ops.dien_ops.gru_backward)
-    setup_context = staticmethod(_save_for_double_backward)
-    backward = staticmethod(_gru_double_backward)
-    vmap = staticmethod(_gru_backward_vmap)
-
-
-def _wants_gradients(arguments: Iterable[Any]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+def _through_function() -> bool:
+    """torch.func transforms an autograd.Function and not what register_autograd registers; with the compiler it is the
+    other way round."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _differentiable_gru(*arguments: Any) -> Any:
     """dien_ops::gru, which saves its gates where a gradient is wanted, but not in a graph that is exported."""
     *others, save_gates = arguments
-    save_gates |= _wants_gradients(others) and not torch.compiler.is_exporting()
-    through_function = save_gates and not torch.compiler.is_compiling()
-    operator = _GRU.apply if through_function else torch.ops.dien_ops.gru
-    return operator(*others, save_gates)
+    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in others)
+    save_gates |= wanted and not torch.compiler.is_exporting()
+    return (_GRU.apply if _through_function() else torch.ops.dien_ops.gru)(*others, save_gates)
 
 
 def _differentiable_gru_backward(*arguments: Any) -> Any:
-    operator = _GRUBackward.apply if _wants_gradients(arguments) else torch.ops.dien_ops.gru_backward
-    return operator(*arguments)
+    return (_GRUBackward.apply if _through_function() else torch.ops.dien_ops.gru_backward)(*arguments)
+
+
+class _GRU(torch.autograd.Function):
+    forward = staticmethod(torch.ops.dien_ops.gru)
+    setup_context = staticmethod(_save_for_gru_backward)
+    backward = staticmethod(_gru_backward)
+    vmap = staticmethod(partial(_gru_vmap, _differentiable_gru))
+
+
+class _GRUBackward(torch.autograd.Function):
+    forward = staticmethod(torch.ops.dien_ops.gru_backward)
+    setup_context = staticmethod(_save_for_double_backward)
+    backward = staticmethod(_gru_double_backward)
+    vmap = staticmethod(partial(_one_call_each, _differentiable_gru_backward))
 
 
 torch.library.register_autograd("dien_ops::gru", _gru_backward, setup_context=_save_for_gru_backward)
 torch.library.register_autograd("dien_ops::gru_backward", _gru_double_backward, setup_context=_save_for_double_backward)
-torch.library.register_vmap("dien_ops::gru", _gru_vmap)
-torch.library.register_vmap("dien_ops::gru_backward", _gru_backward_vmap)
+torch.library.register_vmap("dien_ops::gru", partial(_gru_vmap, torch.ops.dien_ops.gru))
+torch.library.register_vmap("dien_ops::gru_backward", partial(_one_call_each, torch.ops.dien_ops.gru_backward))
 
 # --------------------------------------------------------------------------------------------------------- functional
 
