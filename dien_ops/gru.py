@@ -277,7 +277,9 @@ def gru(
     The paper's update gate is :math:`u = 1 - z`; the parameters are those of :class:`torch.nn.GRU`.
 
     Args:
-        input: [T, B, I], or [B, T, I] where batch_first.
+        input: [T, B, I], or [B, T, I] where batch_first; float32, float64, bfloat16 or float16, as all the others.
+            Under ``torch.autocast`` they are cast to its dtype, and the results are promoted to that of hx (of the
+            input where None).
         weight_ih: [3H, I], gates in the order r, z, n.
         weight_hh: [3H, H].
         bias_ih: [3H].
@@ -334,7 +336,7 @@ def attentional_gru(
     The two AUGRUs cannot be converted into each other by their weights.
 
     Args:
-        input: [T, B, I], or [B, T, I] where batch_first.
+        input: [T, B, I], or [B, T, I] where batch_first; dtypes and autocast as in :func:`gru`.
         attention: [T, B], or [T, B, C] for C targets of each sequence ([B, T] or [B, C, T] where batch_first). The
             input's share of the gates is computed once per sequence, not once per target.
         weight_ih, weight_hh, bias_ih, bias_hh: as in :func:`gru`.

@@ -60,8 +60,8 @@ class GRU(_Recurrent):
     r"""A GRU (DIEN eq. 2-5): constructor, parameters, initialisation and results of :class:`torch.nn.GRU`.
 
     Beyond it: ``lengths`` on the input's device with zeros allowed and no packing, backward in eval mode, double
-    backward, ``torch.compile(fullgraph=True)`` and ``torch.export`` without a graph break, reproducible bits.
-    Equations: :func:`dien_ops.functional.gru`.
+    backward, ``torch.compile(fullgraph=True)``, ``torch.export`` and AOTInductor without a graph break, ``torch.vmap``,
+    reproducible bits. Equations: :func:`dien_ops.functional.gru`.
 
     Args:
         input_size: I, the features of the input.
@@ -69,9 +69,10 @@ class GRU(_Recurrent):
         num_layers: stacked layers; each takes the output of the one below.
         bias: whether the gates have the biases b_ih and b_hh.
         batch_first: [B, T, I] instead of [T, B, I]; does not apply to hx and h_n.
-        dropout: probability of dropping an output of every layer but the last, in training.
+        dropout: probability of dropping an output of every layer but the last, in training. On the CPU it draws the
+            random numbers that nn.GRU draws.
         bidirectional: a second set of weights runs each sequence backwards; outputs are concatenated.
-        device, dtype: of the parameters; float32 and float64 are supported.
+        device, dtype: of the parameters; float32, float64, bfloat16 and float16 are supported.
 
     Shapes: with L = num_layers and N = 2 if bidirectional else 1,
 
@@ -81,14 +82,23 @@ class GRU(_Recurrent):
     * output as the input with N * H features, 0 behind a row's length; a PackedSequence where one came in
     * h_n as hx: each layer's and direction's state after its last valid step, hx where the length is 0
 
-    Differences from nn.GRU: derivatives are taken in reverse mode only (no ``torch.func.jvp``), through autograd and
-    not by ``torch.func.grad``; an output that backward still needs must not be changed in place. Export or trace under
-    ``torch.no_grad()`` for serving: with gradients enabled the graph also saves what backward would need.
+    Under ``torch.autocast`` the products take autocast's dtype, and output and h_n have the dtype that nn.GRU's have on
+    the CPU: that of hx (of the input where None), promoted to autocast's.
+
+    ``torch.vmap`` over input, hx or lengths folds the mapped axis into the batch; over the weights, as for an ensemble,
+    it makes one call for each. ``torch.func.grad`` and ``vmap(grad)`` work, the latter with one backward call for each
+    sample; ``torch.compile`` does not compile ``torch.func.grad`` of this module.
+
+    An exported graph saves nothing for backward, whether gradients are enabled or not. It can be trained all the same:
+    backward then runs the forward once more.
+
+    Differences from nn.GRU: derivatives are taken in reverse mode only (no ``torch.func.jvp``); an output that backward
+    still needs must not be changed in place; hx must have as many rows as a packed batch; there is no proj_size.
 
     Raises:
-        TypeError: input is no Tensor.
-        ValueError: wrong rank or dtype, lengths together with a PackedSequence.
-        RuntimeError: wrong size or device, lengths outside 0..T.
+        TypeError: input or hx is no Tensor.
+        ValueError: wrong rank or dtype of the input, lengths together with a PackedSequence.
+        RuntimeError: wrong size or device, wrong rank or dtype of hx, lengths outside 0..T.
 
     Example:
         >>> rnn = dien_ops.GRU(36, 36, batch_first=True)
@@ -337,7 +347,7 @@ _SHAPES = """
         hidden_size: H, the features of the state.
         bias: whether the gates have the biases b_ih and b_hh.
         batch_first: batch before time in input, attention and output.
-        device, dtype: of the parameters; float32 and float64 are supported.
+        device, dtype: of the parameters; float32, float64, bfloat16 and float16 are supported.
         reset_after: the reset gate acts after the product with the state (the paper, torch, cuDNN) or, False, before it
             (the authors' TensorFlow code). No conversion of weights leads from one to the other.
 
@@ -350,7 +360,8 @@ _SHAPES = """
     * output [T, B, H] or [T, B, C, H] ([B, T, H] or [B, C, T, H]), 0 behind a row's length
     * h_n as hx: the state after the last valid step, hx where the length is 0
 
-    Parameters, their names and initialisation are those of a one-layer :class:`torch.nn.GRU`.
+    Parameters, their names and initialisation are those of a one-layer :class:`torch.nn.GRU`; autocast, ``torch.vmap``,
+    ``torch.func.grad`` and export behave as for :class:`GRU`.
 
     Raises:
         ValueError: wrong rank, dtype or gate.
