@@ -163,14 +163,20 @@ def _differentiable_gru_backward(*arguments: Any) -> Any:
 
 
 class _GRU(torch.autograd.Function):
-    forward = staticmethod(torch.ops.dien_ops.gru)
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return torch.ops.dien_ops.gru(*arguments)
+
     setup_context = staticmethod(_save_for_gru_backward)
     backward = staticmethod(_gru_backward)
     vmap = staticmethod(partial(_gru_vmap, _differentiable_gru))
 
 
 class _GRUBackward(torch.autograd.Function):
-    forward = staticmethod(torch.ops.dien_ops.gru_backward)
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return torch.ops.dien_ops.gru_backward(*arguments)
+
     setup_context = staticmethod(_save_for_double_backward)
     backward = staticmethod(_gru_double_backward)
     vmap = staticmethod(partial(_one_call_each, _differentiable_gru_backward))
