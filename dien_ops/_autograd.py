@@ -26,37 +26,31 @@ def backward_of_backward(
     Returns:
         The gradients for grad_outputs and for primals, None where there is none.
     """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    given = [i for i, x in enumerate(primals) if x is not None]
+    received = [i for i, g in enumerate(grad_outputs) if g is not None]
 
-        def tracked(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            return x.view_as(x) if x.requires_grad else x.detach().requires_grad_(x.is_floating_point())
+    def outputs(*values: Tensor) -> tuple[Tensor, ...]:
+        filled: list[Tensor | None] = [None] * len(primals)
+        for i, value in zip(given, values, strict=True):
+            filled[i] = value
+        results = reference(*filled)
+        return tuple(results[i] for i in received)
 
-        primals = [tracked(x) for x in primals]
-        grad_outputs = [tracked(g) for g in grad_outputs]
-        outputs = reference(*primals)
-        # an output without elements may depend on nothing
-        present = [(y, g) for y, g in zip(outputs, grad_outputs, strict=True) if g is not None and y.requires_grad]
-        wanted = [(x, gg) for x, gg in zip(primals, grad_grads, strict=True) if x is not None and x.requires_grad]
-        grads: Sequence[Tensor] = ()
-        if present:
-            grads = torch.autograd.grad(
-                [y for y, _ in present],
-                [x for x, _ in wanted],
-                [g for _, g in present],
-                create_graph=True,
-                materialize_grads=True,
-            )
-        terms = [
-            (g * gg).sum() for g, (_, gg) in zip(grads, wanted, strict=False) if gg is not None and g.requires_grad
-        ]
-        variables = [x for x in [*grad_outputs, *primals] if x is not None and x.requires_grad]
-        found: Sequence[Tensor | None] = [None] * len(variables)
-        if terms:
-            total = torch.stack(terms).sum()
-            found = torch.autograd.grad(total, variables, create_graph=create_graph, allow_unused=True)
-    remaining = iter(found)
-    result = [next(remaining) if x is not None and x.requires_grad else None for x in [*grad_outputs, *primals]]
-    return result[: len(grad_outputs)], result[len(grad_outputs) :]
+    def backward(values: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = torch.func.vjp(outputs, *values)[1](grads)
+        return found
+
+    values = tuple(x for x in primals if x is not None)
+    grads = tuple(g for g in grad_outputs if g is not None)
+    cotangents = tuple(
+        torch.zeros_like(x) if gg is None else gg for x, gg in zip(primals, grad_grads, strict=False) if x is not None
+    )
+    for_values, for_grads = torch.func.vjp(backward, values, grads)[1](cotangents)
+
+    def spread(found: tuple[Tensor, ...], positions: list[int], count: int) -> list[Tensor | None]:
+        result: list[Tensor | None] = [None] * count
+        for i, x in zip(positions, found, strict=True):
+            result[i] = x
+        return result
+
+    return spread(for_grads, received, len(grad_outputs)), spread(for_values, given, len(primals))

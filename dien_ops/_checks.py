@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-SUPPORTED_DTYPES = (torch.float32, torch.float64)
+FULL_PRECISION = (torch.float32, torch.float64)
+ANY_PRECISION = (*FULL_PRECISION, torch.bfloat16, torch.float16)
 
 
 def tensor(name: str, value: object) -> None:
@@ -21,7 +22,7 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
 
 
-def supported(name: str, value: Tensor) -> None:
+def supported(name: str, value: Tensor, dtypes: Sequence[torch.dtype] = FULL_PRECISION) -> None:
     """The first tensor of a call: its device and dtype are what all others must share."""
     tensor(name, value)
     if value.device.type == "cuda":
@@ -31,8 +32,9 @@ def supported(name: str, value: Tensor) -> None:
         )
     if value.device.type not in ("cpu", "meta"):
         raise RuntimeError(f"{name} must be on the CPU, got {value.device}")
-    if value.dtype not in SUPPORTED_DTYPES:
-        raise ValueError(f"{name} must be float32 or float64, got {str(value.dtype).removeprefix('torch.')}")
+    if value.dtype not in dtypes:
+        *others, last, got = (str(dtype).removeprefix("torch.") for dtype in (*dtypes, value.dtype))
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {got}")
     _not_dual(name, value)
 
 
@@ -122,6 +124,11 @@ def size(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value <= 0:
         raise ValueError(f"{name} must be greater than zero, got {value}")
+
+
+def boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def tensors(name: str, value: object) -> None:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,10 +70,10 @@ def _save_for_gru_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 
 
 def _gru_backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, _: None) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    if tensors[-1].dim() == 1:
-        raise RuntimeError("dien_ops::gru was called with save_gates=False and cannot be differentiated")
-    grads = torch.ops.dien_ops.gru_backward(grad_output, grad_h_n, *tensors, *ctx.options)
+    *tensors, output, gates = ctx.saved_tensors
+    if gates.dim() == 1:  # the forward ran without saving them, in an exported graph: run it again
+        _, _, gates = torch.ops.dien_ops.gru(*tensors, *ctx.options, True)
+    grads = _differentiable_gru_backward(grad_output, grad_h_n, *tensors, output, gates, *ctx.options)
     present = [g if x is not None else None for g, x in zip(grads, tensors, strict=False)]
     return (*present, None, *[None] * 5)  # lengths; gate, reset_after, batch_first, reverse, save_gates
 
@@ -105,10 +106,93 @@ def _gru_double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...
     return (*for_grads, *for_primals, *[None] * 7)  # lengths, output, gates; the options
 
 
+def _gru_vmap(gru: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    """Rows are independent, so a mapped axis becomes part of the batch; mapped weights take one call each."""
+    if any(dim is not None for dim in in_dims[3:7]):
+        return _one_call_each(gru, info, in_dims, *arguments)
+    input, attention, hx, *weights, lengths, gate, reset_after, batch_first, reverse, save_gates = arguments
+    axis = 0 if batch_first else 1
+
+    def folded(x: Tensor | None, dim: int | None, axis: int) -> Any:
+        if x is None:
+            return None
+        if dim is None:
+            x, dim = x.expand(info.batch_size, *x.shape), 0
+        return x.movedim(dim, axis).flatten(axis, axis + 1)
+
+    def unfolded(x: Tensor, axis: int) -> Any:
+        return x.unflatten(axis, (info.batch_size, x.shape[axis] // info.batch_size))
+
+    output, h_n, gates = gru(
+        folded(input, in_dims[0], axis), folded(attention, in_dims[1], axis), folded(hx, in_dims[2], 0), *weights,
+        folded(lengths, in_dims[7], 0), gate, reset_after, batch_first, reverse, save_gates,
+    )  # fmt: skip
+    if gates.dim() == 1:  # not saved
+        return (unfolded(output, axis), unfolded(h_n, 0), gates), (axis, 0, None)
+    return (unfolded(output, axis), unfolded(h_n, 0), unfolded(gates, 0)), (axis, 0, 0)
+
+
+def _one_call_each(
+    operator: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+) -> tuple[Any, Any]:
+    """The backward's rule too: its gradients of the weights are sums over the batch, which may not be folded."""
+    results = [
+        operator(*(x.select(dim, i) if dim is not None else x for x, dim in zip(arguments, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    outputs = tuple(torch.stack(same) for same in zip(*results, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+def _through_function() -> bool:
+    """torch.func transforms an autograd.Function and not what register_autograd registers; with the compiler it is the
+    other way round."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _differentiable_gru(*arguments: Any) -> Any:
+    """dien_ops::gru, which saves its gates where a gradient is wanted, but not in a graph that is exported."""
+    *others, save_gates = arguments
+    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in others)
+    save_gates |= wanted and not torch.compiler.is_exporting()
+    return (_GRU.apply if _through_function() else torch.ops.dien_ops.gru)(*others, save_gates)
+
+
+def _differentiable_gru_backward(*arguments: Any) -> Any:
+    return (_GRUBackward.apply if _through_function() else torch.ops.dien_ops.gru_backward)(*arguments)
+
+
+class _GRU(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return torch.ops.dien_ops.gru(*arguments)
+
+    setup_context = staticmethod(_save_for_gru_backward)
+    backward = staticmethod(_gru_backward)
+    vmap = staticmethod(partial(_gru_vmap, _differentiable_gru))
+
+
+class _GRUBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return torch.ops.dien_ops.gru_backward(*arguments)
+
+    setup_context = staticmethod(_save_for_double_backward)
+    backward = staticmethod(_gru_double_backward)
+    vmap = staticmethod(partial(_one_call_each, _differentiable_gru_backward))
+
+
 torch.library.register_autograd("dien_ops::gru", _gru_backward, setup_context=_save_for_gru_backward)
 torch.library.register_autograd("dien_ops::gru_backward", _gru_double_backward, setup_context=_save_for_double_backward)
+torch.library.register_vmap("dien_ops::gru", partial(_gru_vmap, torch.ops.dien_ops.gru))
+torch.library.register_vmap("dien_ops::gru_backward", partial(_one_call_each, torch.ops.dien_ops.gru_backward))
 
 # --------------------------------------------------------------------------------------------------------- functional
+
+
+def autocast_enabled(input: Tensor) -> bool:
+    device = input.device.type
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
 def _run(
@@ -125,8 +209,22 @@ def _run(
     batch_first: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Checks what all cells share and calls the operator."""
-    _checks.supported("input", input)
+    """Checks what all cells share and calls the operator; under autocast as nn.GRU on the CPU: the products take
+    autocast's dtype, the results that of the state, which is promoted to the other."""
+    _checks.tensor("input", input)
+    kept = None
+    if autocast_enabled(input):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        kept = torch.promote_types((hx if isinstance(hx, Tensor) else input).dtype, dtype)
+
+        def cast(x: Any) -> Any:
+            eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+            return x.to(dtype) if eligible else x
+
+        input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh = map(
+            cast, (input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+        )
+    _checks.supported("input", input, _checks.ANY_PRECISION)
     _checks.rank("input", input, 3)
     _checks.tensor("weight_ih", weight_ih)
     _checks.tensor("weight_hh", weight_hh)
@@ -154,12 +252,11 @@ def _run(
             expected, axes = ([batch, steps], "[B, T]") if batch_first else ([steps, batch], "[T, B]")
         _checks.shape("attention", attention, expected, axes)
     _checks.shape("hx", hx, [*rows, hidden], meaning)
-    save_gates = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (input, *tensors.values()))
-    output, h_n, _ = torch.ops.dien_ops.gru(
+    output, h_n, _ = _differentiable_gru(
         input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths,
-        gate, reset_after, batch_first, reverse, save_gates,
+        gate, reset_after, batch_first, reverse, False,
     )  # fmt: skip
-    return output, h_n
+    return (output, h_n) if kept is None else (output.to(kept), h_n.to(kept))
 
 
 def gru(
@@ -186,7 +283,9 @@ def gru(
     The paper's update gate is :math:`u = 1 - z`; the parameters are those of :class:`torch.nn.GRU`.
 
     Args:
-        input: [T, B, I], or [B, T, I] where batch_first.
+        input: [T, B, I], or [B, T, I] where batch_first; float32, float64, bfloat16 or float16, as all the others.
+            Under ``torch.autocast`` they are cast to its dtype, and the results are promoted to that of hx (of the
+            input where None).
         weight_ih: [3H, I], gates in the order r, z, n.
         weight_hh: [3H, H].
         bias_ih: [3H].
@@ -243,7 +342,7 @@ def attentional_gru(
     The two AUGRUs cannot be converted into each other by their weights.
 
     Args:
-        input: [T, B, I], or [B, T, I] where batch_first.
+        input: [T, B, I], or [B, T, I] where batch_first; dtypes and autocast as in :func:`gru`.
         attention: [T, B], or [T, B, C] for C targets of each sequence ([B, T] or [B, C, T] where batch_first). The
             input's share of the gates is computed once per sequence, not once per target.
         weight_ih, weight_hh, bias_ih, bias_hh: as in :func:`gru`.

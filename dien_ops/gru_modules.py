@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from dien_ops import _checks
-from dien_ops.gru import attentional_gru, gru
+from dien_ops.gru import attentional_gru, autocast_enabled, gru
 
 
 def _add_gru_parameters(
@@ -59,8 +60,8 @@ class GRU(_Recurrent):
     r"""A GRU (DIEN eq. 2-5): constructor, parameters, initialisation and results of :class:`torch.nn.GRU`.
 
     Beyond it: ``lengths`` on the input's device with zeros allowed and no packing, backward in eval mode, double
-    backward, ``torch.compile(fullgraph=True)`` and ``torch.export`` without a graph break, reproducible bits.
-    Equations: :func:`dien_ops.functional.gru`.
+    backward, ``torch.compile(fullgraph=True)``, ``torch.export`` and AOTInductor without a graph break, ``torch.vmap``,
+    reproducible bits. Equations: :func:`dien_ops.functional.gru`.
 
     Args:
         input_size: I, the features of the input.
@@ -68,9 +69,10 @@ class GRU(_Recurrent):
         num_layers: stacked layers; each takes the output of the one below.
         bias: whether the gates have the biases b_ih and b_hh.
         batch_first: [B, T, I] instead of [T, B, I]; does not apply to hx and h_n.
-        dropout: probability of dropping an output of every layer but the last, in training.
+        dropout: probability of dropping an output of every layer but the last, in training. On the CPU it draws the
+            random numbers that nn.GRU draws.
         bidirectional: a second set of weights runs each sequence backwards; outputs are concatenated.
-        device, dtype: of the parameters; float32 and float64 are supported.
+        device, dtype: of the parameters; float32, float64, bfloat16 and float16 are supported.
 
     Shapes: with L = num_layers and N = 2 if bidirectional else 1,
 
@@ -80,14 +82,23 @@ class GRU(_Recurrent):
     * output as the input with N * H features, 0 behind a row's length; a PackedSequence where one came in
     * h_n as hx: each layer's and direction's state after its last valid step, hx where the length is 0
 
-    Differences from nn.GRU: derivatives are taken in reverse mode only (no ``torch.func.jvp``), through autograd and
-    not by ``torch.func.grad``; an output that backward still needs must not be changed in place. Export or trace under
-    ``torch.no_grad()`` for serving: with gradients enabled the graph also saves what backward would need.
+    Under ``torch.autocast`` the products take autocast's dtype, and output and h_n have the dtype that nn.GRU's have on
+    the CPU: that of hx (of the input where None), promoted to autocast's.
+
+    ``torch.vmap`` over input, hx or lengths folds the mapped axis into the batch; over the weights, as for an ensemble,
+    it makes one call for each. ``torch.func.grad`` and ``vmap(grad)`` work, the latter with one backward call for each
+    sample; ``torch.compile`` does not compile ``torch.func.grad`` of this module.
+
+    An exported graph saves nothing for backward, whether gradients are enabled or not. It can be trained all the same:
+    backward then runs the forward once more.
+
+    Differences from nn.GRU: derivatives are taken in reverse mode only (no ``torch.func.jvp``); an output that backward
+    still needs must not be changed in place; hx must have as many rows as a packed batch; there is no proj_size.
 
     Raises:
-        TypeError: input is no Tensor.
-        ValueError: wrong rank or dtype, lengths together with a PackedSequence.
-        RuntimeError: wrong size or device, lengths outside 0..T.
+        TypeError: input or hx is no Tensor.
+        ValueError: wrong rank or dtype of the input, lengths together with a PackedSequence.
+        RuntimeError: wrong size or device, wrong rank or dtype of hx, lengths outside 0..T.
 
     Example:
         >>> rnn = dien_ops.GRU(36, 36, batch_first=True)
@@ -111,8 +122,12 @@ class GRU(_Recurrent):
         super().__init__()
         _checks.size("input_size", input_size)
         _checks.size("hidden_size", hidden_size)
+        _checks.boolean("bias", bias)
+        _checks.boolean("batch_first", batch_first)
         if num_layers <= 0:
             raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
+        if dropout is None:
+            raise TypeError("dropout must be a number, got NoneType")
         if not isinstance(dropout, numbers.Number) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
             raise ValueError(
                 f"dropout must be a number in 0..1, the probability of dropping an output, got {dropout!r}"
@@ -160,9 +175,19 @@ class GRU(_Recurrent):
         options += [f"{k}={getattr(self, k)}" for k, default in defaults.items() if getattr(self, k) != default]
         return ", ".join(options)
 
+    @overload
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
+
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
-    ) -> tuple[Any, Tensor]:
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        if hx is not None:
+            _checks.tensor("hx", hx)
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths must not be given with a PackedSequence, which has its own")
@@ -171,6 +196,8 @@ class GRU(_Recurrent):
         if input.dim() not in (2, 3):
             raise ValueError(f"GRU: Expected input to be 2D or 3D, got {input.dim()}D instead")
         if input.dim() == 3:
+            if hx is not None and hx.dim() != 3:
+                raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor")
             return self._forward_batched(input, hx, lengths, self.batch_first)
         if lengths is not None:
             raise ValueError("lengths must not be given with unbatched 2-D input")
@@ -184,18 +211,61 @@ class GRU(_Recurrent):
     def _forward_batched(
         self, input: Tensor, hx: Tensor | None, lengths: Tensor | None, batch_first: bool
     ) -> tuple[Tensor, Tensor]:
+        def dropped(x: Tensor) -> Tensor:  # in the order in which nn.GRU draws its random numbers: time first
+            if not batch_first:
+                return F.dropout(x, self.dropout)
+            return F.dropout(x.transpose(0, 1).contiguous(), self.dropout).transpose(0, 1)
+
         self._check_features(input)
-        batch = input.shape[0 if batch_first else 1]
-        if hx is not None:
-            _checks.tensor("hx", hx)
-            expected = (self.num_layers * len(self._directions), batch, self.hidden_size)
-            if tuple(hx.shape) != expected:
-                raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.shape)}")
+        self._check_hx(input, hx, input.shape[0 if batch_first else 1])
+        return self._run_layers(input, hx, lengths, batch_first, dropped)
+
+    def _forward_packed(self, packed: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
+        data, batch_sizes, sorted_indices, unsorted_indices = packed
+        if data.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+        self._check_features(data)
+        self._check_hx(data, hx, int(batch_sizes[0]))
+
+        def padded(data: Tensor) -> Tensor:  # the rows stay as they are packed, the longest first
+            return pad_packed_sequence(PackedSequence(data, batch_sizes))[0]
+
+        def packed_data(x: Tensor) -> Tensor:
+            return pack_padded_sequence(x, lengths).data
+
+        def dropped(x: Tensor) -> Tensor:  # nn.GRU draws no random numbers for padding
+            return padded(F.dropout(packed_data(x), self.dropout))
+
+        input, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
+        if hx is not None and sorted_indices is not None:
+            hx = hx.index_select(1, sorted_indices)
+        output, h_n = self._run_layers(input, hx, lengths.to(input.device), False, dropped)
+        if unsorted_indices is not None:
+            h_n = h_n.index_select(1, unsorted_indices)
+        return PackedSequence(packed_data(output), batch_sizes, sorted_indices, unsorted_indices), h_n
+
+    def _check_hx(self, input: Tensor, hx: Tensor | None, batch: int) -> None:
+        if hx is None:
+            return
+        expected = (self.num_layers * len(self._directions), batch, self.hidden_size)
+        if tuple(hx.shape) != expected:
+            raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.shape)}")
+        if hx.dtype != input.dtype and not autocast_enabled(input):
+            raise RuntimeError(f"hx must have the dtype of input: expected {input.dtype}, got {hx.dtype}")
+
+    def _run_layers(
+        self,
+        input: Tensor,
+        hx: Tensor | None,
+        lengths: Tensor | None,
+        batch_first: bool,
+        dropped: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
         layer_input = input
         states: list[Tensor] = []
         for layer in range(self.num_layers):
-            if layer > 0 and self.dropout > 0:
-                layer_input = F.dropout(layer_input, self.dropout, self.training)
+            if layer > 0 and self.dropout > 0 and self.training:
+                layer_input = dropped(layer_input)
             outputs = []
             for suffix in self._directions:
                 w_ih, w_hh, b_ih, b_hh = self._weights(f"l{layer}{suffix}")
@@ -209,14 +279,6 @@ class GRU(_Recurrent):
                 states.append(state)
             layer_input = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
         return layer_input, torch.stack(states)
-
-    def _forward_packed(self, packed: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
-        padded, lengths = pad_packed_sequence(packed)
-        output, h_n = self._forward_batched(padded, hx, lengths.to(padded.device), batch_first=False)
-        if packed.sorted_indices is not None:
-            output, lengths = output.index_select(1, packed.sorted_indices), lengths[packed.sorted_indices.cpu()]
-        data = pack_padded_sequence(output, lengths).data
-        return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), h_n
 
 
 class _AttentionalGRU(_Recurrent):
@@ -238,6 +300,8 @@ class _AttentionalGRU(_Recurrent):
         super().__init__()
         _checks.size("input_size", input_size)
         _checks.size("hidden_size", hidden_size)
+        _checks.boolean("bias", bias)
+        _checks.boolean("batch_first", batch_first)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
@@ -283,7 +347,7 @@ _SHAPES = """
         hidden_size: H, the features of the state.
         bias: whether the gates have the biases b_ih and b_hh.
         batch_first: batch before time in input, attention and output.
-        device, dtype: of the parameters; float32 and float64 are supported.
+        device, dtype: of the parameters; float32, float64, bfloat16 and float16 are supported.
         reset_after: the reset gate acts after the product with the state (the paper, torch, cuDNN) or, False, before it
             (the authors' TensorFlow code). No conversion of weights leads from one to the other.
 
@@ -296,7 +360,8 @@ _SHAPES = """
     * output [T, B, H] or [T, B, C, H] ([B, T, H] or [B, C, T, H]), 0 behind a row's length
     * h_n as hx: the state after the last valid step, hx where the length is 0
 
-    Parameters, their names and initialisation are those of a one-layer :class:`torch.nn.GRU`.
+    Parameters, their names and initialisation are those of a one-layer :class:`torch.nn.GRU`; autocast, ``torch.vmap``,
+    ``torch.func.grad`` and export behave as for :class:`GRU`.
 
     Raises:
         ValueError: wrong rank, dtype or gate.

@@ -58,18 +58,18 @@ def _recurrence(
     if bias_ih is not None:
         projected = projected + bias_ih
     weight_rz, weight_n = weight_hh.split([2 * hidden, hidden])
-    bias_rz, bias_n = bias_hh.split([2 * hidden, hidden]) if bias_hh is not None else (None, None)
+    bias_rz, bias_n = bias_hh.split([2 * hidden, hidden]) if bias_hh is not None else (0.0, 0.0)
 
     outputs = []
     for t in range(input.size(1)):
         x_r, x_z, x_n = projected[:, :, t].chunk(3, dim=-1)
-        h_r, h_z = F.linear(state, weight_rz, bias_rz).chunk(2, dim=-1)
+        h_r, h_z = (F.linear(state, weight_rz) + bias_rz).chunk(2, dim=-1)
         r = torch.sigmoid(x_r + h_r)  # DIEN eq. 3
         z = torch.sigmoid(x_z + h_z)  # DIEN eq. 2: z keeps, the paper's update gate is u = 1 - z
         if reset_after:
-            n = torch.tanh(x_n + r * F.linear(state, weight_n, bias_n))  # DIEN eq. 4
+            n = torch.tanh(x_n + r * (F.linear(state, weight_n) + bias_n))  # DIEN eq. 4
         else:
-            n = torch.tanh(x_n + F.linear(r * state, weight_n, bias_n))
+            n = torch.tanh(x_n + F.linear(r * state, weight_n) + bias_n)
         a = attention[:, :, t].unsqueeze(-1) if attention is not None else None
         keep = _keep(gate, z, a)
         new_state = keep * state + (1 - keep) * n  # DIEN eq. 5

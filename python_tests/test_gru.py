@@ -307,12 +307,14 @@ def test_the_operator_refuses_a_reversed_attentional_gru():
         torch.ops.dien_ops.gru(*arguments)
 
 
-def test_backward_without_saved_gates_says_so():
+def test_backward_without_saved_gates_computes_them_again():
     case = Case("none")
-    arguments = (case.input, None, case.hx, *case.weights, None, "none", True, True, False, False)
-    output, _, _ = torch.ops.dien_ops.gru(*arguments)
-    with pytest.raises(RuntimeError, match="save_gates=False"):
-        output.sum().backward()
+    arguments = (*case.tensors, case.options["lengths"], "none", True, True, False)
+    found = []
+    for save_gates in (False, True):
+        output, h_n, _ = torch.ops.dien_ops.gru(*arguments, save_gates)
+        found.append(gradients([output, h_n], case.tensors))
+    assert_close(*found, 0.0)
 
 
 def test_nothing_is_saved_where_no_gradient_is_wanted():
@@ -395,7 +397,11 @@ DOUBLE = {"dtype": torch.float64}
     [
         ({"input": [1.0]}, TypeError, "input must be a Tensor, got list"),
         ({"input": torch.zeros(5, 3, **DOUBLE)}, ValueError, r"input must be 3-D, got 2-D of shape \[5, 3\]"),
-        ({"input": torch.zeros(3, 5, 3, dtype=torch.int64)}, ValueError, "input must be float32 or float64, got int64"),
+        (
+            {"input": torch.zeros(3, 5, 3, dtype=torch.int64)},
+            ValueError,
+            "input must be float32, float64, bfloat16 or float16, got int64",
+        ),
         ({"input": torch.zeros(3, 5, 3)}, ValueError, "attention must have the dtype of input"),
         ({"input": torch.zeros(3, 5, 4, **DOUBLE)}, RuntimeError, r"weight_ih must have shape \[15, 4\]"),
         ({"weight_ih": None}, TypeError, "weight_ih must be a Tensor, got NoneType"),
