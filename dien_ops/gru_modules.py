@@ -467,7 +467,7 @@ class AUGRU(_AttentionalGRU):
         self.gate = gate
 
     def to_library(self, library: str) -> dict[str, Tensor]:
-        """As the other cells'; "deepctr_torch" takes no biases that differ, its AUGRUCell having one tensor for both."""
+        """As the other cells'; "deepctr_torch" takes no biases that differ: its AUGRUCell has one tensor for both."""
         weights = super().to_library(library)
         if library == "deepctr_torch" and self.bias and not torch.equal(weights["bias_ih"], weights["bias_hh"]):
             raise ValueError(
