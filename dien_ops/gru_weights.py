@@ -197,6 +197,15 @@ def _check_shapes(layout: Layout, tensors: dict[str, Tensor]) -> None:
         _checks.shape(name, tensor, expected, f"[{layout.shapes[name]}]")
 
 
+def _read(layout: Layout, weights: object, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a layout, in its order, of one dtype and device and the right shapes."""
+    tensors = {name: _as_tensor(name, value) for name, value in _named(layout, weights, prefix).items()}
+    first, *others = tensors
+    _checks.matches(first, tensors[first], **{name: tensors[name] for name in others})
+    _check_shapes(layout, tensors)
+    return tensors
+
+
 def from_library(library: str, weights: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
     """One layer's weights as the state_dict of a one-layer :class:`torch.nn.GRU`.
 
@@ -224,10 +233,7 @@ def from_library(library: str, weights: Mapping[str, Any], prefix: str = "") -> 
         >>> output, h_n = dien_ops.functional.gru(torch.randn(5, 2, 3), *state.values(), reset_after=False)
     """
     layout = _layout(library)
-    tensors = {name: _as_tensor(name, value) for name, value in _named(layout, weights, prefix).items()}
-    first, *others = tensors
-    _checks.matches(first, tensors[first], **{name: tensors[name] for name in others})
-    _check_shapes(layout, tensors)
+    tensors = _read(layout, weights, prefix)
     rows = layout.to_rows(*(tensors.get(name) for name in layout.shapes))
     return {name: _reordered(x, layout.gates, _GATES) for name, x in zip(_NAMES, rows, strict=True) if x is not None}
 
@@ -246,9 +252,7 @@ def to_library(library: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
         torch.Size([7, 8])
     """
     layout = _layout(library)
-    tensors = {name: _as_tensor(name, value) for name, value in _named(_TORCH, weights, "").items()}
-    _check_shapes(_TORCH, tensors)
-    w_ih, w_hh, *biases = (_reordered(x, _GATES, layout.gates) for x in tensors.values())
+    w_ih, w_hh, *biases = (_reordered(x, _GATES, layout.gates) for x in _read(_TORCH, weights, "").values())
     b_ih, b_hh = biases or [w_ih.new_zeros(w_ih.shape[0])] * 2
     packed = zip(layout.shapes, layout.from_rows(w_ih, w_hh, b_ih, b_hh), strict=True)
     return {name: x.contiguous() for name, x in packed if biases or name not in layout.optional}
