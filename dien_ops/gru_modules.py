@@ -6,16 +6,19 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Callable
-from typing import Any, overload
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from dien_ops import _checks
+from dien_ops import _checks, gru_weights
 from dien_ops.gru import attentional_gru, autocast_enabled, gru
+
+_GRU = TypeVar("_GRU", bound="GRU")
+_Cell = TypeVar("_Cell", bound="_AttentionalGRU")
 
 
 def _add_gru_parameters(
@@ -54,6 +57,9 @@ class _Recurrent(nn.Module):
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.shape[-1]}"
             )
+
+
+_OPTIONS = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
 
 
 class GRU(_Recurrent):
@@ -153,6 +159,26 @@ class GRU(_Recurrent):
                     device=device, dtype=dtype,
                 )  # fmt: skip
         self.reset_parameters()
+
+    @classmethod
+    def from_torch(cls: type[_GRU], rnn: nn.GRU) -> _GRU:
+        """A copy of a torch.nn.GRU: its options, parameters, their dtype, device and requires_grad, and training mode.
+
+        Raises:
+            TypeError: rnn is no torch.nn.GRU, or a subclass of it, which may compute something else.
+
+        Example:
+            >>> fast = dien_ops.GRU.from_torch(torch.nn.GRU(36, 36, num_layers=2, batch_first=True))
+        """
+        return gru_weights.copied(cls, gru_weights.torch_gru(rnn), _OPTIONS)
+
+    def to_torch(self) -> nn.GRU:
+        """A copy as a torch.nn.GRU, the inverse of :meth:`from_torch`.
+
+        Example:
+            >>> rnn = dien_ops.GRU(36, 36).to_torch()  # for torch.onnx, or where dien_ops is not installed
+        """
+        return gru_weights.copied(nn.GRU, self, _OPTIONS)
 
     @property
     def _directions(self) -> tuple[str, ...]:
@@ -285,6 +311,7 @@ class _AttentionalGRU(_Recurrent):
     """One layer of attentional_gru with nn.GRU's parameters."""
 
     gate: str
+    _set_by_library: tuple[str, ...] = ("reset_after",)  # arguments that say which function of the weights is computed
 
     def __init__(
         self,
@@ -309,6 +336,90 @@ class _AttentionalGRU(_Recurrent):
         self.reset_after = reset_after
         _add_gru_parameters(self, "l0", input_size, hidden_size, bias, device=device, dtype=dtype)
         self.reset_parameters()
+
+    @classmethod
+    def from_torch(cls: type[_Cell], rnn: nn.GRU, **options: Any) -> _Cell:
+        """A cell with a copy of the parameters of a torch.nn.GRU of one layer and one direction.
+
+        Copies batch_first, the parameters' dtype, device and requires_grad, and the training mode too.
+
+        Args:
+            rnn: the GRU. It resets after the product with the state, as a cell does by default.
+            options: the constructor's keyword-only arguments: ``gate`` of an AUGRU.
+
+        Raises:
+            TypeError: rnn is no torch.nn.GRU, or a subclass of it, which may compute something else.
+            ValueError: rnn has several layers or both directions.
+
+        Example:
+            >>> augru = dien_ops.AUGRU.from_torch(torch.nn.GRU(36, 36, batch_first=True), gate="authors")
+        """
+        rnn = gru_weights.torch_gru(rnn)
+        if rnn.num_layers != 1 or rnn.bidirectional:
+            raise ValueError(
+                f"rnn must have one layer and one direction, got num_layers={rnn.num_layers}, "
+                f"bidirectional={rnn.bidirectional}"
+            )
+        return gru_weights.copied(cls, rnn, ("input_size", "hidden_size", "bias", "batch_first"), **options)
+
+    @classmethod
+    def from_library(
+        cls: type[_Cell], library: str, weights: Mapping[str, Any], *, prefix: str = "", batch_first: bool = False
+    ) -> _Cell:
+        """A cell that gives another library's results with a copy of its weights.
+
+        The library decides where the reset gate acts, and for an AUGRU the gate: no weights turn reset_after=True into
+        False, or the paper's AUGRU into the authors'. Libraries, layouts: :mod:`dien_ops.gru_weights`.
+
+        Args:
+            library: ``"tensorflow"``, ``"deepctr_torch"``, ``"fuxictr"``, ``"recbole"``, ``"onednn"``,
+                ``"onednn_lbr"`` or ``"openvino"``.
+            weights: the library's tensors or NumPy arrays by its own names: the state_dict of its cell, the variables
+                of a checkpoint, the inputs of its operator. Their dtype and device become the cell's.
+            prefix: what stands before the names, where weights is a whole model's.
+            batch_first: of the cell.
+
+        Raises:
+            TypeError: weights is no mapping, or one of them neither Tensor nor array.
+            ValueError: an unknown library; names that are missing or not the layout's; a wrong rank or dtype.
+            RuntimeError: a wrong size or device.
+
+        Example:
+            >>> variables = {"gates/kernel": torch.randn(72, 72), "gates/bias": torch.ones(72),
+            ...              "candidate/kernel": torch.randn(72, 36), "candidate/bias": torch.zeros(36)}
+            >>> dien_ops.AUGRU.from_library("tensorflow", variables, batch_first=True)
+            AUGRU(36, 36, batch_first=True, reset_after=False, gate='authors')
+        """
+        state = gru_weights.from_library(library, weights, prefix)
+        weight = state["weight_ih_l0"]
+        hidden, features = weight.shape[0] // 3, weight.shape[1]
+        cell = cls(
+            features, hidden, "bias_ih_l0" in state, batch_first, "meta", weight.dtype,
+            **{name: gru_weights.LAYOUTS[library].augru[name] for name in cls._set_by_library},
+        ).to_empty(device=weight.device)  # fmt: skip
+        cell.load_state_dict(state)
+        return cell
+
+    def to_library(self, library: str) -> dict[str, Tensor]:
+        """A copy of the weights by the library's names in its layout, the inverse of :meth:`from_library`.
+
+        Raises:
+            ValueError: an unknown library, or one whose cell computes something else.
+
+        Example:
+            >>> cell = dien_ops.AUGRU(36, 36, reset_after=False, gate="authors")
+            >>> list(cell.to_library("openvino"))
+            ['W', 'R', 'B']
+        """
+        _checks.one_of("library", library, tuple(gru_weights.LAYOUTS))
+        theirs = gru_weights.LAYOUTS[library].augru
+        for name in self._set_by_library:
+            if getattr(self, name) != theirs[name]:
+                raise ValueError(
+                    f"{library} computes {name}={theirs[name]!r}, this {type(self).__name__} has "
+                    f"{name}={getattr(self, name)!r}, and no weights turn one into the other"
+                )
+        return gru_weights.to_library(library, self.state_dict())
 
     def extra_repr(self) -> str:
         options = [f"{self.input_size}, {self.hidden_size}"]
@@ -401,6 +512,8 @@ class AUGRU(_AttentionalGRU):
         torch.Size([1, 1, 200, 36])
     """
 
+    _set_by_library = ("reset_after", "gate")
+
     def __init__(
         self,
         input_size: int,
@@ -416,6 +529,16 @@ class AUGRU(_AttentionalGRU):
         _checks.one_of("gate", gate, ("paper", "authors"))
         super().__init__(input_size, hidden_size, bias, batch_first, device, dtype, reset_after=reset_after)
         self.gate = gate
+
+    def to_library(self, library: str) -> dict[str, Tensor]:
+        """As the other cells'; "deepctr_torch" takes no biases that differ: its AUGRUCell has one tensor for both."""
+        weights = super().to_library(library)
+        if library == "deepctr_torch" and self.bias and not torch.equal(weights["bias_ih"], weights["bias_hh"]):
+            raise ValueError(
+                "the AUGRUCell of deepctr_torch has one tensor for both biases, and this AUGRU's bias_ih and bias_hh "
+                "differ"
+            )
+        return weights
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", gate={self.gate!r}" if self.gate != "paper" else "")

@@ -145,13 +145,14 @@ def test_the_cpu_library_holds_no_python():
 def test_the_readmes_examples_run():
     text = (Path(__file__).parents[1] / "README.md").read_text()
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {"training_set": [torch.tensor([[3, 7, 3]]), torch.tensor([[7, 0, 0]])]}
     for block in blocks:
         exec(
             block.replace("torch.compile(fast, fullgraph=True)", "fast"), names
         )  # compiled elsewhere, in no compiler's time
     assert names["output"].shape == (128, 50, 36) and names["interest"].shape == (1, 1, 200, 36)
+    assert names["evolution"].gate == "authors" and names["inputs"]["W"].shape == (108, 36)
     assert names["items"].counts[[0, 3, 7]].tolist() == [0, 1, 2]
 
 
