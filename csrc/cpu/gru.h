@@ -57,12 +57,15 @@ struct GruProblem {
 // W x for all steps of a sequence at once.
 template <typename S>
 struct GruProjection {
+    bool panels;            // as the forward sweep's panels have it, or else, for the backward, the gates r, z, n side by side
     Compute<S>* packed;     // gru_projection_packed_size elements, written by gru_projection_pack
-    Compute<S>* projected;  // [B, T, 3H], gates r, z, n, written by gru_projection; padding is left as it is
+    Compute<S>* projected;  // [B, T, gru_projection_width], written by gru_projection; padding is left as it is
 };
 
 template <Capability kTarget, typename S>
-int64_t gru_projection_packed_size(const GruProblem<S>& p);
+int64_t gru_projection_width(const GruProblem<S>& p, bool panels);
+template <Capability kTarget, typename S>
+int64_t gru_projection_packed_size(const GruProblem<S>& p, bool panels);
 template <Capability kTarget, typename S>
 void gru_projection_pack(const GruProblem<S>& p, const GruProjection<S>& projection);
 template <Capability kTarget, typename S>
@@ -70,7 +73,7 @@ void gru_projection(const GruProblem<S>& p, const GruProjection<S>& projection, 
 
 template <typename S>
 struct GruForward : GruProblem<S> {
-    const Compute<S>* projected;  // [B, T, 3H], from gru_projection, or null: each step computes its W x
+    const Compute<S>* projected;  // from gru_projection, as panels, or null: each step computes its W x
     Compute<S>* packed;           // gru_forward_packed_size elements, written by gru_forward_pack
     S* output;                    // [B, C, T, H] with the output strides; 0 behind a row's length
     S* h_n;                       // [B, C, H]

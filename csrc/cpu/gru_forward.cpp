@@ -77,7 +77,8 @@ class Tile {
           gates_(p.reset_after ? 0 : count_ * 3 * H_),
           sums_(p.reset_after ? 0 : count_ * H_) {
         const int64_t direction = p.reverse ? -1 : 1;
-        strides_ = {direction * p.input_stride_t, direction * p.attention_stride_t, direction * 3 * H_,
+        const int64_t width = panels_width<T>(H_);
+        strides_ = {direction * p.input_stride_t, direction * p.attention_stride_t, direction * width,
                     direction * p.output_stride_t, direction * p.gates_size()};
         for (int64_t i = 0; i < count_; ++i) {
             const int64_t row = order_[i], b = row / p.targets, length = p.lengths[b], t = length > 0 ? p.time(row, 0) : 0;
@@ -85,7 +86,7 @@ class Tile {
             rows_[i] = {length,
                         p.input + b * p.input_stride_b + t * p.input_stride_t,
                         p.attention != nullptr ? p.attention + p.attention_offset(row, t) : nullptr,
-                        p.projected != nullptr ? p.projected + (b * p.steps + t) * 3 * H_ : nullptr,
+                        p.projected != nullptr ? p.projected + (b * p.steps + t) * width : nullptr,
                         p.output + p.output_offset(row, t),
                         gates != nullptr ? gates + t * p.gates_size() : nullptr};
             copy_or_zero(p.hx != nullptr ? p.hx + row * H_ : nullptr, H_, state(current_, i));
@@ -121,7 +122,15 @@ class Tile {
         for_panels<T>(I_ + H_, H_, [&]<int64_t kVectors>(int64_t first, int64_t units, int64_t offset) {
             constexpr int64_t kStride = kVectors * Vec<T>::kSize, kDepthStride = stored_vectors(kVectors) * Vec<T>::kSize;
             const T *const w = p_.packed + offset, *const u = w + I_ * kDepthStride, *const bias = u + H_ * kDepthStride;
-            for (int64_t i = 0; i < running; ++i) std::memcpy(products_ + i * kStride, bias, kStride * sizeof(T));
+            for (int64_t i = 0; i < running; ++i) {
+                const T* const x =
+                    rows_[i].projected != nullptr ? rows_[i].projected + s * strides_.projected + 4 * first : nullptr;
+                const Vec<T> scale(input_scale(i));
+                for_vectors<T>(kStride, [&](int64_t j, int64_t lanes) {
+                    const Vec<T> start = Vec<T>::load(bias + j, lanes) + scale * load_or_zero<T>(x, j, lanes);
+                    start.store(products_ + i * kStride + j, lanes);
+                });
+            }
             for (int64_t k = 0; k < I_; k += kPanelDepth) {
                 const int64_t depth = std::min(kPanelDepth, I_ - k);
                 for_row_tiles<kTileRows>(0, running, [&]<int64_t kRows>(int64_t m) {
@@ -152,9 +161,6 @@ class Tile {
     template <int64_t kRows, int64_t kVectors>
     void finish_block(int64_t m, int64_t s, int64_t first, int64_t units, T* products, T* now, T* then) {
         constexpr int64_t kSize = Vec<T>::kSize, kStride = kVectors * kSize, kWidth = kStride / 4;
-        if (p_.projected != nullptr) {
-            for (int64_t i = 0; i < kRows; ++i) add_projected<kWidth>(m + i, s, first, units, products + i * kStride);
-        }
         // r and z: two vectors, one, or the first half of one
         constexpr int64_t kGateVectors = kVectors == 4 ? 2 : 1, kGateLanes = kVectors == 1 ? kSize / 2 : kSize;
         for (int64_t i = 0; i < kRows; ++i) {
@@ -174,17 +180,6 @@ class Tile {
                 finish<gate(), kWidth>(m + i, s, first, units, products + i * kStride, state(now, m + i), state(then, m + i));
             }
         });
-    }
-
-    // Adds W x, where it was computed beforehand, to the units' products.
-    template <int64_t kWidth>
-    void add_projected(int64_t i, int64_t s, int64_t first, int64_t units, T* products) {
-        const Vec<T> scale(input_scale(i));
-        for (int64_t gate = 0; gate < 3; ++gate) {
-            T* const sum = products + gate * kWidth;
-            const T* const x = rows_[i].projected + s * strides_.projected + gate * H_ + first;
-            (Vec<T>::load(sum, units) + scale * Vec<T>::load(x, units)).store(sum, units);
-        }
     }
 
     // `units` units from `first` on of row i at step s, the reset after the product. gates: r, z, W_n x + b_in, U_n h + b_hn.
@@ -248,26 +243,36 @@ class Tile {
 }  // namespace
 
 template <Capability kTarget, typename S>
-int64_t gru_projection_packed_size(const GruProblem<S>& p) {
-    return packed_size<Compute<S>>(p.input_size, 3 * p.hidden_size);
+int64_t gru_projection_width(const GruProblem<S>& p, bool panels) {
+    return panels ? panels_width<Compute<S>>(p.hidden_size) : 3 * p.hidden_size;
+}
+
+template <Capability kTarget, typename S>
+int64_t gru_projection_packed_size(const GruProblem<S>& p, bool panels) {
+    return packed_size<Compute<S>>(p.input_size, gru_projection_width<kTarget>(p, panels));
 }
 
 template <Capability kTarget, typename S>
 void gru_projection_pack(const GruProblem<S>& p, const GruProjection<S>& projection) {
-    pack(p.weight_ih, 1, p.input_size, p.input_size, 3 * p.hidden_size, projection.packed);
+    using T = Compute<S>;
+    const auto element = [&](int64_t k, int64_t n) {
+        const int64_t row = projection.panels ? panel_lane_row<T>(n, p.hidden_size) : n;
+        return row < 0 ? T(0) : load_one(p.weight_ih + row * p.input_size + k);
+    };
+    pack(element, p.input_size, gru_projection_width<kTarget>(p, projection.panels), projection.packed);
 }
 
 template <Capability kTarget, typename S>
 void gru_projection(const GruProblem<S>& p, const GruProjection<S>& projection, int64_t batch_begin, int64_t batch_end) {
     using T = Compute<S>;
-    const int64_t I = p.input_size, H = p.hidden_size;
+    const int64_t I = p.input_size, width = gru_projection_width<kTarget>(p, projection.panels);
     const Scratch<T> x(p.steps * I);
     for (int64_t b = batch_begin; b < batch_end; ++b) {
         for (int64_t t = 0; t < p.lengths[b]; ++t) {
             copy_or_zero(p.input + b * p.input_stride_b + t * p.input_stride_t, I, x + t * I);
         }
-        multiply<T>(x, I, projection.packed, nullptr, false, projection.projected + b * p.steps * 3 * H, 3 * H, p.lengths[b],
-                    3 * H, I);
+        T* const projected = projection.projected + b * p.steps * width;
+        multiply<T>(x, I, projection.packed, nullptr, false, projected, width, p.lengths[b], width, I);
     }
 }
 
@@ -296,7 +301,8 @@ void gru_forward_sweep(const GruForward<S>& p, int64_t tile_begin, int64_t tile_
 }
 
 #define DIEN_OPS_INSTANTIATE(S)                                                                                    \
-    template int64_t gru_projection_packed_size<kCapability, S>(const GruProblem<S>&);                             \
+    template int64_t gru_projection_width<kCapability, S>(const GruProblem<S>&, bool);                             \
+    template int64_t gru_projection_packed_size<kCapability, S>(const GruProblem<S>&, bool);                       \
     template void gru_projection_pack<kCapability, S>(const GruProblem<S>&, const GruProjection<S>&);              \
     template void gru_projection<kCapability, S>(const GruProblem<S>&, const GruProjection<S>&, int64_t, int64_t); \
     template int64_t gru_forward_block_rows<kCapability, S>();                                                     \

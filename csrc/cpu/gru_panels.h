@@ -52,6 +52,22 @@ int64_t panels_size(int64_t I, int64_t H) {
     return size;
 }
 
+// Number of lanes of all panels together. Those of a panel begin at four times its first unit.
+template <typename T>
+int64_t panels_width(int64_t H) {
+    const int64_t whole = H / Vec<T>::kSize * Vec<T>::kSize, left = H - whole;
+    return 4 * whole + (left > 0 ? panel_vectors<T>(left) * Vec<T>::kSize : 0);
+}
+
+// The row of weight_ih that a lane of the panels belongs to, or -1 where there is none.
+template <typename T>
+int64_t panel_lane_row(int64_t lane, int64_t H) {
+    constexpr int64_t kSize = Vec<T>::kSize;
+    const int64_t first = lane / (4 * kSize) * kSize, width = panel_vectors<T>(H - first) * kSize / 4;
+    const int64_t group = (lane - 4 * first) / width, unit = first + (lane - 4 * first) % width;
+    return group < 3 && unit < H ? group * H + unit : -1;
+}
+
 // weight_ih [3H, I], weight_hh [3H, H], and the biases [3H], which may be null; gates r, z, n.
 template <typename T, typename S>
 void pack_panels(const S* weight_ih, const S* weight_hh, const S* bias_ih, const S* bias_hh, int64_t I, int64_t H, T* packed) {

@@ -115,25 +115,25 @@ GruProblem<S> problem(const Arguments& a) {
     return p;
 }
 
-// The packed weights of W x and W x itself for every valid step, [B, T, 3H].
+// W x for every valid step, [B, T, gru_projection_width].
 template <cpu::Capability kTarget, typename S>
-Tensor project_input(const GruProblem<S>& p, ScalarType dtype) {
+Tensor project_input(const GruProblem<S>& p, bool panels, ScalarType dtype) {
     using T = Compute<S>;
-    const Tensor packed = empty({cpu::gru_projection_packed_size<kTarget>(p)}, dtype);
-    const Tensor projected = empty({p.batch, p.steps, 3 * p.hidden_size}, dtype);
-    const GruProjection<S> projection = {mutable_pointer<T>(packed), mutable_pointer<T>(projected)};
+    const Tensor packed = empty({cpu::gru_projection_packed_size<kTarget>(p, panels)}, dtype);
+    const Tensor projected = empty({p.batch, p.steps, cpu::gru_projection_width<kTarget>(p, panels)}, dtype);
+    const GruProjection<S> projection = {panels, mutable_pointer<T>(packed), mutable_pointer<T>(projected)};
     cpu::gru_projection_pack<kTarget>(p, projection);
     parallel_tasks(p.batch, [&](int64_t b) { cpu::gru_projection<kTarget>(p, projection, b, b + 1); });
     return projected;
 }
 
-// Rows per tile of the forward sweep: every thread has a tile, the tile's states stay in the first caches, and the blocks that
-// the kernel works on are full. No bit of the result depends on it.
+// Rows per tile of the forward sweep: every thread has as many tiles, whose states stay in the first caches, and the blocks
+// that the kernel works on are full where that costs no tile. No bit of the result depends on it.
 int64_t forward_tile_rows(int64_t rows, int64_t block) {
     constexpr int64_t kLargest = 48;
     const int64_t share = std::max<int64_t>(1, divide_up(rows, torch::stable::get_num_threads()));
-    const int64_t tile = divide_up(share, divide_up(share, kLargest));
-    return divide_up(tile, block) * block;
+    const int64_t tile = divide_up(share, divide_up(share, kLargest)), full = divide_up(tile, block) * block;
+    return divide_up(rows, full) == divide_up(rows, tile) ? full : tile;
 }
 
 // Rows per tile and groups of tiles of the backward sweep, which set the order of its sums: from the number of rows alone.
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& input, const OptionalTensor
             p.tile_rows = forward_tile_rows(p.rows(), block);
             Tensor projected;
             if (a.C != 1 || p.rows() < block) {
-                projected = project_input<target()>(p, a.compute_dtype());
+                projected = project_input<target()>(p, /*panels=*/true, a.compute_dtype());
                 p.projected = pointer<Compute<S>>(projected);
             }
             const Tensor packed = empty({cpu::gru_forward_packed_size<target()>(p)}, a.compute_dtype());
@@ -213,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
         cpu::with_capability([&](auto target) {
             Tensor projected;
             if (several && a.gate == Gate::input) {
-                projected = project_input<target()>(p, a.compute_dtype());
+                projected = project_input<target()>(p, /*panels=*/false, a.compute_dtype());
                 p.projected = pointer<T>(projected);
             }
             const Tensor sums = empty({p.groups, cpu::gru_backward_sums_size<target()>(p)}, a.compute_dtype());
