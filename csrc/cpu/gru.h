@@ -77,7 +77,7 @@ struct GruForward : GruProblem<S> {
     Compute<S>* packed;           // gru_forward_packed_size elements, written by gru_forward_pack
     S* output;                    // [B, C, T, H] with the output strides; 0 behind a row's length
     S* h_n;                       // [B, C, H]
-    S* gates;                     // [B, C, T, gates_size] or null; 0 behind a row's length
+    S* gates;                     // [B, C, T, gates_size] or null; left as it is behind a row's length
 };
 
 // The number of rows that the forward sweep takes together; tile_rows is best a multiple of it.

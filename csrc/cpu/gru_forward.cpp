@@ -91,7 +91,6 @@ class Tile {
                         gates != nullptr ? gates + t * p.gates_size() : nullptr};
             copy_or_zero(p.hx != nullptr ? p.hx + row * H_ : nullptr, H_, state(current_, i));
             for (int64_t after = length; after < p.steps; ++after) fill_zeros(p.output + p.output_offset(row, after), H_);
-            if (gates != nullptr) fill_zeros(gates + length * p.gates_size(), (p.steps - length) * p.gates_size());
         }
     }
 
