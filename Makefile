@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo | make test | make lint | make sanitize | make check-package | make clean. TORCH="torch==2.13.0" picks another torch.
+# make demo | make test | make bench | make lint | make sanitize | make check-package | make clean. TORCH="torch==2.13.0" picks another torch.
 
 PYTHON ?= python3
 TORCH ?= torch>=2.10
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 BUILD_TOOLS := "setuptools>=77" "cmake>=3.18" ninja "pybind11>=2.13" numpy
 
-.PHONY: demo test lint sanitize check-package check-abi clean
+.PHONY: demo test bench bench-quick lint sanitize check-package check-abi clean
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,25 @@ demo: $(VENV)/dien_ops  ## train DIEN, DIN and the base model on MovieLens-100K;
 test: $(VENV)/dien_ops  ## all tests, and the package's own check of this machine
 	$(BIN)/python -m pytest $(PYTEST)
 	$(BIN)/python -m dien_ops.selftest
+
+# The rivals are in the extra `bench`; the native libraries are built already.
+$(VENV)/bench: $(VENV)/dien_ops
+	$(PIP) install --quiet --no-build-isolation --editable ".[bench]"
+	@touch $@
+
+BENCH_RUN := $(BIN)/python -m pytest -vv --benchmark-quiet $(BENCH)
+
+# The table comes even where a row failed (pytest's status 1, handed on). Nothing else should run meanwhile.
+bench: $(VENV)/bench  ## times of all operators beside their rivals: bench/results/, README.md, pictures under out/bench
+	mkdir -p bench/results
+	results=bench/results/$$($(BIN)/python -m bench.machine).json; \
+	  $(BENCH_RUN) --benchmark-json $$results bench/bench_*.py; status=$$?; \
+	  [ $$status -le 1 ] && $(BIN)/python -m bench.report $$results --readme README.md && exit $$status
+
+bench-quick: $(VENV)/bench  ## the same with few rounds and small rows, in under a minute; writes under out/bench only
+	mkdir -p out/bench
+	$(BENCH_RUN) --quick --benchmark-json out/bench/quick.json bench/bench_*.py; status=$$?; \
+	  [ $$status -le 1 ] && $(BIN)/python -m bench.report out/bench/quick.json && exit $$status
 
 $(VENV)/lint: $(VENV)/torch pyproject.toml
 	$(PIP) install --quiet --group lint
