@@ -63,7 +63,7 @@ sanitize: $(VENV)/dien_ops  ## the tests of all kernels on a sanitized build
 	DIEN_OPS_SANITIZE=1 $(PIP) install --quiet --no-build-isolation --no-deps --upgrade --target build/sanitized .
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=build/sanitized $(BIN)/pytest -p no:cacheprovider \
-	  --ignore python_tests/test_examples.py --ignore python_tests/test_package.py \
+	  --ignore python_tests/test_bench.py --ignore python_tests/test_examples.py --ignore python_tests/test_package.py \
 	  -k "not opcheck and not compile and not export" $(PYTEST)
 
 check-package: $(VENV)/torch  ## sdist and wheel, built in isolation, installed and run in a fresh environment

@@ -81,7 +81,7 @@ def test_augru_training(bench, p, times):
     rows((Recurrence(1, 50, 36, 36), [Target(LOOP, 15)]), (Recurrence(1, 50, 36, 108), [])),
 )
 def test_augru_of_many_targets(bench, p, targets):
-    """AUGRU, forward: 200 targets of one user. The rivals are given 200 copies of the history."""
+    """AUGRU, forward: 200 targets of one user (rivals: 200 copies of the history)."""
     p = replace(p, attention=True, targets=200)
     loops, absent = without_compilers(bench, LOOPS)
     bench.measure(p, OURS, loops | {"dien_ops on copies": rivals.ours_on_copies}, targets, absent=absent)

@@ -81,7 +81,7 @@ class Pace:
         return max(self.min_rounds, min(self.max_rounds, int(self.seconds / seconds_per_round)))
 
 
-FULL = Pace(warm_up=0.2, seconds=3.0, min_rounds=9, max_rounds=60)
+FULL = Pace(warm_up=0.2, seconds=2.0, min_rounds=7, max_rounds=50)
 QUICK = Pace(warm_up=0.03, seconds=0.2, min_rounds=3, max_rounds=9)
 
 

@@ -32,32 +32,30 @@ def draw(run: Run, column: str, folder: Path) -> list[Path]:
 
 
 def ratio_bars(rows: list[Row]) -> Figure:
-    """A bar for each rival of each row, from 1 to the ratio; whiskers: 20th and 80th percentile; black: the target."""
-    bars = [(row, rival) for row in rows for rival in row.rivals]
-    figure = Figure(figsize=(10, 1.2 + 0.3 * len(bars)), layout="constrained")
-    axes = figure.subplots()
-    labels = []
-    for place, (row, rival) in enumerate(bars):
-        ratios = row.ratios(rival)
-        middle = median(ratios)
-        target = next((t.at_least for t in row.targets if t.against == rival), None)
-        colour = FREE if target is None else REACHED if middle >= target else MISSED
-        axes.barh(place, middle - 1, left=1, color=colour, height=0.7)
-        axes.plot([percentile(ratios, 20), percentile(ratios, 80)], [place, place], color="black", linewidth=1)
-        if target is not None:
-            axes.plot([target, target], [place - 0.45, place + 0.45], color="black", linewidth=2.5)
-        labels.append(f"{row.section}: {row.case}, vs {rival}")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}x")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(bars)), labels, fontsize=7)
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
-    axes.set(
-        xlabel="times as fast as the rival",
-        title="Thick mark: target (green: reached, red: not; blue: none set). Thin line: 20th to 80th percentile",
-    )
-    axes.grid(axis="x", which="both", alpha=0.3)
+    """A bar for each rival of each row, from 1 to the ratio; thin line: 20th to 80th percentile; thick mark: target."""
+    sections = list(dict.fromkeys(row.section for row in rows))
+    bars = {s: [(row, rival) for row in rows if row.section == s for rival in row.rivals] for s in sections}
+    heights = [len(some) for some in bars.values()]
+    figure = Figure(figsize=(10, 1.2 + 0.5 * len(sections) + 0.25 * sum(heights)), layout="constrained")
+    every = figure.subplots(len(sections), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, section in zip(every, sections, strict=True):
+        for place, (row, rival) in enumerate(bars[section]):
+            ratios = row.ratios(rival)
+            middle = median(ratios)
+            target = next((t.at_least for t in row.targets if t.against == rival), None)
+            colour = FREE if target is None else REACHED if middle >= target else MISSED
+            axes.barh(place, middle - 1, left=1, color=colour, height=0.7)
+            axes.plot([percentile(ratios, 20), percentile(ratios, 80)], [place, place], color="black", linewidth=1)
+            if target is not None:
+                axes.plot([target, target], [place - 0.45, place + 0.45], color="black", linewidth=2.5)
+        axes.set_yticks(range(len(bars[section])), [f"{row.case}: {rival}" for row, rival in bars[section]], fontsize=7)
+        axes.set_title(section, loc="left", fontsize=9)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}x")
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.grid(axis="x", which="both", alpha=0.3)
+        axes.invert_yaxis()
+    figure.supxlabel("times as fast as the rival; thick: target (green: reached, red: not, blue: none); thin: 20-80 %")
     return figure
 
 
