@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 
-# Before torch starts its threads. How threads wait for each other decides the time of whatever has many short parallel
-# regions, a loop over time most of all. Threads that sleep at once (OMP_WAIT_POLICY=passive) make the rivals' loops
-# slower by a tenth to a third; threads that spin for as long as libgomp lets them by default make everything a hundred
-# times slower as soon as another process wants a core. Spinning for a moment and then sleeping is as fast as the
-# default for every contestant on a quiet machine, and all contestants of a session share it.
+# Before torch starts its threads: for how long they spin, waiting for each other, before they sleep. To sleep at once
+# (OMP_WAIT_POLICY=passive) makes loops over time, the rivals', slower by a tenth to a third. By default libgomp spins
+# for much longer, and on when a contestant's turn is over, which slows those that bring threads of their own (OpenVINO,
+# and what torch.compile builds). With this number all were as fast as with the default on a quiet machine. On a busy
+# one no choice is fair to many short parallel regions, and the report says whether it was one.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
@@ -22,6 +22,7 @@ import torch
 from bench import harness, machine
 
 BYSTANDERS = pytest.StashKey[machine.Bystanders]()
+SECTIONS = pytest.StashKey[list[tuple[str, str]]]()
 NOT_RUN = pytest.StashKey[list[dict[str, str]]]()
 
 
@@ -35,7 +36,9 @@ def pytest_configure(config):
     config.stash[BYSTANDERS] = machine.Bystanders()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -k deselects
 def pytest_collection_modifyitems(config, items):
+    config.stash[SECTIONS] = list(dict.fromkeys((place(item)["column"], place(item)["section"]) for item in items))
     if config.getoption("--quick"):
         for item in items:
             if item.get_closest_marker("long"):
@@ -105,3 +108,4 @@ def pytest_benchmark_update_json(config, output_json):
     whole = [b for b in output_json["benchmarks"] if b["extra_info"]]  # a row that failed midway is in NOT_RUN
     output_json["benchmarks"] = [{key: b[key] for key in ("fullname", "extra_info")} for b in whole]
     output_json["not_run"] = config.stash[NOT_RUN]
+    output_json["sections"] = config.stash[SECTIONS]

@@ -145,13 +145,14 @@ class Run:
     date: str
     rows: list[Row]
     not_run: list[NotRun]
+    titles: list[tuple[str, str]]  # column and section, in the order of the bench files
 
     @property
     def columns(self) -> list[str]:
-        return list(dict.fromkeys(r.column for r in (*self.rows, *self.not_run)))
+        return list(dict.fromkeys(column for column, _ in self.titles))
 
     def sections(self, column: str) -> list[str]:
-        return list(dict.fromkeys(r.section for r in (*self.rows, *self.not_run) if r.column == column))
+        return [section for of, section in self.titles if of == column]
 
 
 def load(path: Path) -> Run:
@@ -171,4 +172,5 @@ def load(path: Path) -> Run:
         date=content["datetime"][:10],
         rows=[Row.from_json(benchmark["extra_info"]) for benchmark in content["benchmarks"]],
         not_run=[NotRun(**entry) for entry in content["not_run"]],
+        titles=[(column, section) for column, section in content["sections"]],
     )

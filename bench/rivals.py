@@ -8,10 +8,13 @@ gradient of the states.
 
 from __future__ import annotations
 
+import importlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -258,12 +261,25 @@ def compiled_loop(p: Recurrence) -> Contestant:
     return _contestant(p, call, read, note=f"compiled in {took:.0f} s, {COMPILED_STEPS} steps at a time")
 
 
-def deepctr_torch(p: Recurrence) -> Contestant:
-    """DynamicGRU of deepctr-torch. Its update gate is 1 - z: our z rows, negated, are its weights."""
+def import_deepctr_torch() -> ModuleType:
+    """Its module of recurrent layers. When imported it asks the network for its latest version, through `requests`,
+    which it does not declare: it is given an empty module of that name, and gives up."""
+    absent = object()
+    before = sys.modules.get("requests", absent)
+    sys.modules["requests"] = ModuleType("requests")
     try:
-        from deepctr_torch.layers.sequence import DynamicGRU
+        return importlib.import_module("deepctr_torch.layers.sequence")
     except ImportError as missing:
         raise Unavailable(f"cannot be imported: {missing}") from missing
+    finally:
+        del sys.modules["requests"]
+        if before is not absent:
+            sys.modules["requests"] = before
+
+
+def deepctr_torch(p: Recurrence) -> Contestant:
+    """DynamicGRU of deepctr-torch. Its update gate is 1 - z: our z rows, negated, are its weights."""
+    DynamicGRU = import_deepctr_torch().DynamicGRU
     q, t, read = one_copy_per_target(p, tensors(p))
     H = p.hidden_size
     sign = torch.ones(3 * H, 1, dtype=p.dtype)
@@ -309,6 +325,7 @@ def openvino_gru(p: Recurrence) -> Contestant:
     built from public operators, is not recognised as one (tried with 2026.4).
     """
     try:
+        import numpy
         import openvino
         from openvino import opset14 as ops
     except ImportError as missing:
@@ -322,7 +339,7 @@ def openvino_gru(p: Recurrence) -> Contestant:
     w_ih, w_hh, b_ih, b_hh = (z_first(parameter.detach()) for parameter in t.parameters)
     H = p.hidden_size
     bias = torch.cat([(b_ih + b_hh)[: 2 * H], b_ih[2 * H :], b_hh[2 * H :]])  # z and r, then n's two
-    x = ops.parameter(list(t.input.shape), "f32")
+    x = ops.parameter(list(t.input.shape), numpy.float32)
     h = ops.constant(torch.zeros(p.batch, 1, H).numpy())
     lengths = ops.constant(torch.full((p.batch,), p.steps, dtype=torch.int32).numpy())
     weights = [ops.constant(tensor[None].numpy()) for tensor in (w_ih, w_hh, bias)]
@@ -337,9 +354,12 @@ def openvino_gru(p: Recurrence) -> Contestant:
         },
     )
     request = model.create_infer_request()
-    request.set_input_tensor(openvino.Tensor(t.input.numpy(), shared_memory=True))
+    x_shared = t.input.numpy()  # the request does not keep it alive
+    request.set_input_tensor(openvino.Tensor(x_shared, shared_memory=True))
 
-    def read(_: object) -> list[Tensor]:  # [B, 1, T, H]
-        return [torch.from_numpy(request.get_output_tensor(0).data).squeeze(1)]
+    def call() -> Tensor:  # [B, 1, T, H], the request's own memory
+        assert x_shared is not None
+        request.infer()
+        return torch.from_numpy(request.get_output_tensor(0).data)
 
-    return _contestant(p, request.infer, read)
+    return _contestant(p, call, lambda output: [output.squeeze(1)])

@@ -52,6 +52,7 @@ def result_file(tmp_path):
         "commit_info": {"id": "0123456789abcdef", "dirty": False},
         "datetime": "2026-01-02T03:04:05+00:00",
         "benchmarks": [{"fullname": "x", "extra_info": r.to_json()} for r in written],
+        "sections": [["gru", "GRU, forward"], ["gru", "GRU in bfloat16"], ["gru", "as H grows"]],
         "not_run": [{"column": "gru", "section": "GRU in bfloat16", "case": "B2 T3", "reason": "dien_ops refuses it"}],
     }
     path.write_text(json.dumps(content))
@@ -228,7 +229,7 @@ def test_a_table_shows_every_row_every_rival_and_why_some_are_missing(result_fil
 def test_peak_memory_stands_beside_the_times():
     one = row()
     one.timings = {name: replace(t, peak_bytes=n * 2**20) for n, (name, t) in enumerate(one.timings.items(), 3)}
-    run = Run("x", MACHINE, "0123", "2026-01-02", [one], [])
+    run = Run("x", MACHINE, "0123", "2026-01-02", [one], [], [("gru", "GRU, forward")])
     header, line = report.table(run, "gru", "GRU, forward")
     assert line[header.index("peak memory")] == "3 MiB; nn.GRU 4 MiB"
 
@@ -245,7 +246,15 @@ def test_the_report_says_where_and_when_and_how_many_targets_are_reached(result_
     "share, said", [(None, "is not known"), (0.001, "took 0.1%"), (0.4, "**Other processes took 40%")]
 )
 def test_the_report_says_whether_the_machine_was_busy(share, said):
-    run = Run("x", MACHINE | {"bystanders": share}, "0123", "2026-01-02", [row()], [NotRun("gru", "s", "c", "r")])
+    run = Run(
+        "x",
+        MACHINE | {"bystanders": share},
+        "0123",
+        "2026-01-02",
+        [row()],
+        [NotRun("gru", "s", "c", "r")],
+        [("gru", "s")],
+    )
     assert said in report.markdown(run, "gru")
 
 
