@@ -15,12 +15,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import os
 import pickle
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -239,6 +240,9 @@ def ceilings() -> dict[str, float]:
 
 # -------------------------------------------------------------------------------------------------------------- memory
 
+# Tensors go back to the system as soon as they are freed: else the peak would depend on which holes in its heap the
+# allocator happens to fill again, and vary by a third from process to process.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 * 1024), "MALLOC_TRIM_THRESHOLD_": "0"}
 RESET_PEAK = "5"  # what /proc/self/clear_refs wants: the peak becomes the present size
 
 
@@ -249,12 +253,12 @@ def _resident(field: str) -> int:
 
 def peak_of_one_call(factory: Factory, problem: Problem, small: Problem) -> int:
     """Bytes of resident memory that one call needs at its highest, above what stands there before it, the inputs and
-    parameters. To be run in a fresh process; the small problem is solved first, so that libraries are loaded and
-    threads have started."""
+    parameters. To be run in a fresh process with ALLOCATOR's setting; the small problem is solved first, so that
+    libraries are loaded and threads have started."""
     factory(small).call()
     contestant = factory(problem)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not there to be used again unseen
+    ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as refs:
         refs.write(RESET_PEAK)
     before = _resident("VmRSS")
@@ -275,6 +279,7 @@ def peak_bytes(factory: Factory, problem: Problem, small: Problem) -> int:
     done = subprocess.run(
         [sys.executable, "-m", "bench.harness"],
         input=pickle.dumps((factory, problem, small)),
+        env={**os.environ, **ALLOCATOR},
         capture_output=True,
         timeout=300,
     )
@@ -305,12 +310,13 @@ class Bench:
         *,
         absent: dict[str, str] | None = None,
         memory: Any = None,
+        without_memory: Collection[str] = (),
         unit: str = "",
         sweep: Sweep | None = None,
     ) -> None:
         """Checks and times ours (a name and its factory) beside its rivals on the problem, and the CEILING where ours
         says how many operations it does. ``memory``: a small problem of the same kind; except in a quick run, the peak
-        memory is measured too.
+        memory is measured too, but for the rivals ``without_memory``.
 
         Raises:
             WrongResult: a contestant's result is not that of float64.
@@ -336,7 +342,8 @@ class Bench:
             row.timings[name] = Timing(seconds, c.work, c.flops, errors[name], note=c.note)
         contestants.clear()
         if memory is not None and samples and not self.quick:
-            self._measure_memory(row, problem, memory, ours | rivals)
+            measured = {name: f for name, f in (ours | rivals).items() if name not in without_memory}
+            self._measure_memory(row, problem, memory, measured)
         self.benchmark.extra_info.update(row.to_json())
 
     @staticmethod

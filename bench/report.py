@@ -121,7 +121,8 @@ def about(run: Run) -> list[str]:
         f"Ceilings: {ceilings}. {environment}. {disturbance(m['bystanders'])}",
         "Times: median [20th, 80th percentile] of one call; in each round every contestant is timed once, in random "
         f"order. Ratios: how many times as fast ours is, median of the rounds. Of {CEILING}: share of a large float32 "
-        "matrix product's rate in the same rounds. Peak memory: what one call needs above its inputs and parameters.",
+        "matrix product's rate in the same rounds, above 1 where torch's product is not the best the processor can do. "
+        "Peak memory: what one call needs above its inputs and parameters.",
     ]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -204,6 +205,15 @@ def test_operations_are_counted_once_per_sequence_for_the_input_and_thrice_for_t
     assert replace(p, targets=4).flops == 2 * 2 * 10 * (3 + 4 * 5) * 15
     padded = replace(p, uniform_lengths=True)
     assert padded.flops == p.flops * padded.valid_steps / 20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read from /proc")
+def test_peak_memory_is_that_of_the_call_alone():
+    small = rivals.Recurrence(2, 2, 8, 64)
+    large = replace(small, batch=512, steps=64)
+    output = 4 * large.batch * large.steps * large.hidden_size
+    assert harness.peak_bytes(rivals.ours, large, small) >= output
+    assert harness.peak_bytes(rivals.ours, small, small) < output / 8
 
 
 # -------------------------------------------------------------------------------------------------------------- report
