@@ -8,6 +8,7 @@ import json
 import random
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 from bench import harness, report, results, rivals
 from bench.results import CEILING, NotRun, Row, Run, Sweep, Target, Timing
 
+ROOT = Path(report.__file__).parents[1]
 MARKERS = "<!-- bench:gru -->", "<!-- /bench:gru -->"
 
 
@@ -281,6 +283,11 @@ def test_one_command_writes_tables_pictures_and_the_readme(result_file, tmp_path
     before = readme.read_text()
     report.main([str(result_file), "--readme", str(readme), "--out", str(tmp_path / "out")])
     assert readme.read_text() == before
+
+
+@pytest.mark.parametrize("column", [p.stem.removeprefix("bench_") for p in (ROOT / "bench").glob("bench_*.py")])
+def test_the_readme_has_a_place_for_every_column(column):
+    assert "a table" in report.put_between_markers((ROOT / "README.md").read_text(), column, "a table")
 
 
 @pytest.mark.parametrize("text", ["no markers", MARKERS[0], "".join(reversed(MARKERS)), 2 * "".join(MARKERS)])
