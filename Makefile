@@ -37,7 +37,7 @@ $(VENV)/bench: $(VENV)/dien_ops
 BENCH_RUN := $(BIN)/python -m pytest -vv --benchmark-quiet $(BENCH)
 
 # The table comes even where a row failed (pytest's status 1, handed on). Nothing else should run meanwhile.
-bench: $(VENV)/bench  ## times of all operators beside their rivals: bench/results/, README.md, pictures under out/bench
+bench: $(VENV)/bench  ## times of the operators beside their rivals: bench/results/, README.md, pictures under out/bench
 	mkdir -p bench/results
 	results=bench/results/$$($(BIN)/python -m bench.machine).json; \
 	  $(BENCH_RUN) --benchmark-json $$results bench/bench_*.py; status=$$?; \
