@@ -29,7 +29,7 @@ def missing(wanted, present, where):
     lacking = [w for w in wanted if not any(p == w or p.startswith(w) for p in present)]
     assert not lacking, f"{where} lacks {lacking}"
 
-missing(["CMakeLists.txt", "LICENSE", "README.md", "csrc/library.cpp", "csrc/cpu/simd.h", "python_tests/"], in_sdist, sdist)
+missing(["CMakeLists.txt", "LICENSE", "README.md", "csrc/library.cpp", "csrc/cpu/simd.h", "python_tests/", "bench/"], in_sdist, sdist)
 missing(["dien_ops/__init__.py", "dien_ops/py.typed", "dien_ops/libdien_ops_cpu.so", "dien_ops/_C."], in_wheel, wheel)
 strangers = [p for p in in_wheel if not p.startswith(("dien_ops/", "dien_ops-"))]
 assert not strangers, f"{wheel} holds {strangers}"

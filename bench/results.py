@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark leaves behind, and what follows from it: times, ratios, shares of the ceiling, verdicts.
+
+A row is one piece of work, done by several contestants in turns. The harness writes rows into the JSON of
+pytest-benchmark (``extra_info``); the report reads them back.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+CEILING = "mm"  # the contestant that is a large matrix product: the matrix rate within reach
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """By linear interpolation between the two nearest values."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contestant's samples. The samples of all contestants in the same round have the same index."""
+
+    seconds: list[float]  # of one call
+    work: float = 1.0  # units of work in one call, such as valid steps; the unit is the row's
+    flops: float | None = None  # of one call
+    error: float | None = None  # largest difference from float64, relative to the largest value of each result
+    peak_bytes: int | None = None  # resident memory of one call at its highest, above what was there before
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """``at_least`` times as fast as the rival ``against``, or that share of the CEILING's rate."""
+
+    against: str
+    at_least: float
+
+    def __str__(self) -> str:
+        if self.against == CEILING:
+            return f"≥ {self.at_least:.2f} of {CEILING}"
+        return f"≥ {self.at_least:.3g}x {self.against}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    axis: str
+    value: float
+
+
+@dataclass
+class Row:
+    column: str  # gru, attention, dice, embedding
+    section: str  # rows of one section stand in one table
+    case: str
+    ours: str  # the contestant that the others are compared with
+    timings: dict[str, Timing] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)  # rivals that did not take part, and why
+    targets: list[Target] = field(default_factory=list)
+    unit: str = ""  # of work; ratios are of the time for one unit, or for one call where it is empty
+    sweep: Sweep | None = None
+
+    @property
+    def rivals(self) -> list[str]:
+        return [name for name in self.timings if name not in (self.ours, CEILING)]
+
+    def ratios(self, rival: str) -> list[float]:
+        """Round by round, how many times as fast as the rival ours is."""
+        ours, theirs = self.timings[self.ours], self.timings[rival]
+        return [(t / theirs.work) / (o / ours.work) for o, t in zip(ours.seconds, theirs.seconds, strict=True)]
+
+    def ratio(self, rival: str) -> float:
+        """The median of the rounds' ratios: what disturbs the machine for a while disturbs both sides of a ratio."""
+        return median(self.ratios(rival))
+
+    def share_of_ceiling(self) -> float | None:
+        """Our rate of floating-point operations as a share of the CEILING's, median of the rounds."""
+        ours, ceiling = self.timings[self.ours], self.timings.get(CEILING)
+        if ceiling is None or ours.flops is None or ceiling.flops is None:
+            return None
+        pairs = zip(ours.seconds, ceiling.seconds, strict=True)
+        return median((ours.flops / o) / (ceiling.flops / c) for o, c in pairs)
+
+    def value_of(self, target: Target) -> float | None:
+        """What was reached of a target; None where it was not measured."""
+        if target.against == CEILING:
+            return self.share_of_ceiling()
+        return self.ratio(target.against) if target.against in self.timings else None
+
+    def verdict(self) -> str:
+        """``reached`` if every target is; else which one is not, or was not measured, and by how much."""
+        if not self.targets:
+            return "no target"
+        missed = []
+        for target in self.targets:
+            value = self.value_of(target)
+            if value is None:
+                missed.append(f"{target.against} not measured: {self.absent.get(target.against, 'it took no part')}")
+            elif value < target.at_least:
+                missed.append(
+                    f"{value:.2f} of {CEILING}" if target.against == CEILING else f"{value:.3g}x {target.against}"
+                )
+        return "not reached: " + "; ".join(missed) if missed else "reached"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> Row:
+        return Row(
+            **content
+            | {
+                "timings": {name: Timing(**timing) for name, timing in content["timings"].items()},
+                "targets": [Target(**target) for target in content["targets"]],
+                "sweep": Sweep(**content["sweep"]) if content["sweep"] else None,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """A row that was asked for and is not there."""
+
+    column: str
+    section: str
+    case: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One JSON file: one session on one machine."""
+
+    name: str
+    machine: dict[str, Any]
+    commit: str
+    date: str
+    rows: list[Row]
+    not_run: list[NotRun]
+    titles: list[tuple[str, str]]  # column and section, in the order of the bench files
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(column for column, _ in self.titles))
+
+    def sections(self, column: str) -> list[str]:
+        return [section for of, section in self.titles if of == column]
+
+
+def load(path: Path) -> Run:
+    """Reads what ``pytest bench --benchmark-json`` wrote.
+
+    Raises:
+        ValueError: the file is no such JSON.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or "not_run" not in content or "benchmarks" not in content:
+        raise ValueError(f"{path} must be the --benchmark-json of a run of bench/")
+    commit = content["commit_info"]
+    return Run(
+        name=path.stem,
+        machine=content["machine_info"],
+        commit=commit["id"][:12] + (" and changes that are not committed" if commit["dirty"] else ""),
+        date=content["datetime"][:10],
+        rows=[Row.from_json(benchmark["extra_info"]) for benchmark in content["benchmarks"]],
+        not_run=[NotRun(**entry) for entry in content["not_run"]],
+        titles=[(column, section) for column, section in content["sections"]],
+    )

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks' own logic, on made-up numbers: what is compared, what is called reached, what is written. Nothing here
+is timed."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import harness, report, results, rivals
+from bench.results import CEILING, NotRun, Row, Run, Sweep, Target, Timing
+
+ROOT = Path(report.__file__).parents[1]
+MARKERS = "<!-- bench:gru -->", "<!-- /bench:gru -->"
+
+
+def row(ours=(1.0, 1.0, 1.0), theirs=(3.0, 3.0, 3.0), targets=(), **more) -> Row:
+    timings = {"dien_ops": Timing(list(ours)), "nn.GRU": Timing(list(theirs))}
+    return Row("gru", "GRU, forward", "B2 T3", "dien_ops", timings, targets=list(targets), **more)
+
+
+MACHINE = {
+    "cpu": "Abacus 1",
+    "cores": 2,
+    "threads": 2,
+    "system": "Linux x86_64",
+    "dien_ops": "0.1.0",
+    "kernels": "avx2",
+    "built_with": "torch 2.13.0",
+    "versions": {"torch": "2.13.0", "openvino": "not installed"},
+    "environment": {"GOMP_SPINCOUNT": "10000"},
+    "ceilings": {"mm GFLOP/s, 1 thread": 100.0},
+    "bystanders": 0.001,
+    "quick": False,
+}
+
+
+@pytest.fixture
+def result_file(tmp_path):
+    """What a run of three rows, one of them skipped, and of two sweep points leaves behind."""
+    written = [
+        row(targets=[Target("nn.GRU", 2.0)], absent={"OpenVINO": "not installed here"}),
+        replace(row(theirs=(0.5, 0.5, 0.5), targets=[Target("nn.GRU", 2.0)]), case="B4 T5"),
+        *(replace(row(ours=[n * 1e-3] * 3), section="as H grows", case=f"H{n}", sweep=Sweep("H", n)) for n in (16, 32)),
+    ]
+    path = tmp_path / "abacus.json"
+    content = {
+        "machine_info": MACHINE,
+        "commit_info": {"id": "0123456789abcdef", "dirty": False},
+        "datetime": "2026-01-02T03:04:05+00:00",
+        "benchmarks": [{"fullname": "x", "extra_info": r.to_json()} for r in written],
+        "sections": [["gru", "GRU, forward"], ["gru", "GRU in bfloat16"], ["gru", "as H grows"]],
+        "not_run": [{"column": "gru", "section": "GRU in bfloat16", "case": "B2 T3", "reason": "dien_ops refuses it"}],
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def test_percentiles_lie_between_the_nearest_values():
+    values = [40.0, 10.0, 20.0, 30.0]
+    assert [results.percentile(values, p) for p in (0, 20, 50, 100)] == pytest.approx([10, 16, 25, 40])
+    assert results.percentile([7.0], 80) == 7
+
+
+def test_a_ratio_is_the_median_of_the_rounds_ratios():
+    # the machine was ten times slower in the second round, for both: the ratio does not see it
+    assert row(ours=(1.0, 10.0, 1.0), theirs=(2.0, 20.0, 8.0)).ratio("nn.GRU") == 2
+
+
+def test_a_ratio_is_of_the_time_for_one_unit_of_work():
+    half = row(ours=(1.0,), theirs=(2.0,))
+    half.timings["dien_ops"] = Timing([1.0], work=50)
+    half.timings["nn.GRU"] = Timing([2.0], work=100)
+    assert half.ratio("nn.GRU") == 1
+
+
+def test_the_share_of_the_ceiling_is_one_of_rates():
+    one = row(ours=(2.0, 2.0))
+    assert one.share_of_ceiling() is None
+    one.timings["dien_ops"] = Timing([2.0, 2.0], flops=30.0)
+    one.timings[CEILING] = Timing([1.0, 1.0], flops=20.0)
+    assert one.share_of_ceiling() == 0.75
+    assert CEILING not in one.rivals
+
+
+@pytest.mark.parametrize(
+    "targets, verdict",
+    [
+        ([], "no target"),
+        ([Target("nn.GRU", 3.0)], "reached"),
+        ([Target("nn.GRU", 3.01)], "not reached: 3x nn.GRU"),
+        ([Target("nn.GRU", 3.0), Target(CEILING, 0.5)], "not reached: mm not measured: it took no part"),
+        ([Target("OpenVINO", 1.0)], "not reached: OpenVINO not measured: not installed"),
+    ],
+    ids=["none", "met", "missed", "one_unknown", "absent"],
+)
+def test_a_row_is_reached_only_if_every_target_was_measured_and_met(targets, verdict):
+    assert row(targets=targets, absent={"OpenVINO": "not installed"}).verdict() == verdict
+
+
+def test_a_missed_share_of_the_ceiling_is_told_as_a_share():
+    one = row(ours=(2.0,), theirs=(2.0,), targets=[Target(CEILING, 0.8)])
+    one.timings["dien_ops"] = Timing([2.0], flops=30.0)
+    one.timings[CEILING] = Timing([1.0], flops=20.0)
+    assert one.verdict() == "not reached: 0.75 of mm"
+
+
+def test_rows_survive_json():
+    one = row(targets=[Target("nn.GRU", 2.0)], absent={"OpenVINO": "no"}, unit="valid step", sweep=Sweep("H", 16))
+    assert Row.from_json(json.loads(json.dumps(one.to_json()))) == one
+    assert Row.from_json(row().to_json()) == row()
+
+
+def test_a_file_that_is_no_benchmark_result_is_refused(tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text('{"benchmarks": []}')
+    with pytest.raises(ValueError, match=r"other.json must be the --benchmark-json of a run of bench/"):
+        results.load(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- harness
+
+
+def test_in_each_round_everybody_has_one_turn_in_a_new_order():
+    names, draw = ["ours", "a", "b", "c"], random.Random(0)
+    orders = []
+    for _ in range(200):
+        before, after = harness.turns(names, "ours", draw)
+        orders.append((*before, "ours", *after))
+    assert all(sorted(order) == sorted(names) for order in orders)
+    assert len(set(orders)) == 24
+
+
+def test_a_sample_is_as_many_calls_as_fill_its_time():
+    assert harness.calls_per_sample(1.0) == 1
+    assert harness.calls_per_sample(harness.MIN_SAMPLE_SECONDS / 9.5) == 10
+
+
+def test_rounds_follow_from_the_time_within_limits():
+    pace = harness.Pace(warm_up=0, seconds=10, min_rounds=3, max_rounds=50)
+    assert [pace.rounds(s) for s in (0.001, 1.0, 100.0)] == [50, 10, 3]
+
+
+def test_times_are_of_one_call_and_of_the_same_rounds_for_all():
+    class Pedantic:
+        """Runs as pytest-benchmark does, and says that each round took six seconds."""
+
+        def pedantic(self, target, setup, teardown, rounds):
+            for _ in range(rounds):
+                setup(), target(), teardown()
+            self.stats = type("", (), {"stats": type("", (), {"data": [6.0] * rounds})})
+
+    called = {"ours": 0, "theirs": 0}
+    contestants = {n: harness.Contestant(lambda n=n: called.__setitem__(n, called[n] + 1)) for n in called}
+    pace = harness.Pace(warm_up=0, seconds=0, min_rounds=4, max_rounds=4)
+    samples = harness.time_in_turns(Pedantic(), contestants, "ours", pace)
+    assert {name: len(times) for name, times in samples.items()} == {"ours": 4, "theirs": 4}
+    calls = (called["ours"] - harness.WARM_UP_CALLS) // 4 - 1  # and one untimed call before each sample
+    assert calls > 1 and samples["ours"] == [6.0 / calls] * 4
+
+
+def test_a_contestant_that_computes_something_else_is_not_timed():
+    exact = [torch.tensor([100.0, 1.0], dtype=torch.float64)]
+    near = harness.Contestant(lambda: [torch.tensor([100.001, 1.0])], exact=lambda: exact)
+    assert harness.check("near", near) == pytest.approx(1e-5, rel=0.1)
+    for wrong in ([101.0, 1.0], [100.0, float("nan")], [100.0]):
+        with pytest.raises(harness.WrongResult):
+            harness.check("wrong", harness.Contestant(lambda w=wrong: [torch.tensor(w)], exact=lambda: exact))
+
+
+# -------------------------------------------------------------------------------------------------------------- rivals
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize(
+    "factory, problem",
+    [
+        (rivals.ours, rivals.Recurrence(4, 3, 5, 6, uniform_lengths=True)),
+        (rivals.ours, rivals.Recurrence(4, 3, 5, 6, attention=True)),
+        (rivals.nn_gru, rivals.Recurrence(4, 3, 5, 6)),
+        (rivals.python_loop, rivals.Recurrence(4, 3, 5, 6, attention=True)),
+    ],
+    ids=["ours", "ours_augru", "nn_gru", "python_loop"],
+)
+def test_contestants_do_the_same_work(factory, problem, train):
+    assert harness.check("contestant", factory(replace(problem, train=train))) < 1e-5
+
+
+@pytest.mark.parametrize("factory", [rivals.ours, rivals.ours_on_copies, rivals.python_loop])
+def test_copies_of_a_history_give_what_its_targets_give(factory):
+    assert harness.check("contestant", factory(rivals.Recurrence(2, 3, 5, 6, attention=True, targets=4))) < 1e-5
+
+
+def test_operations_are_counted_once_per_sequence_for_the_input_and_thrice_for_training():
+    p = rivals.Recurrence(2, 10, 3, 5, attention=True)
+    assert p.flops == 2 * 2 * 10 * (3 + 5) * 15
+    assert replace(p, train=True).flops == 3 * p.flops
+    assert replace(p, targets=4).flops == 2 * 2 * 10 * (3 + 4 * 5) * 15
+    padded = replace(p, uniform_lengths=True)
+    assert padded.flops == p.flops * padded.valid_steps / 20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read from /proc")
+def test_peak_memory_is_that_of_the_call_alone():
+    small = rivals.Recurrence(2, 2, 8, 64)
+    large = replace(small, batch=512, steps=64)
+    output = 4 * large.batch * large.steps * large.hidden_size
+    assert harness.peak_bytes(rivals.ours, large, small) >= output
+    assert harness.peak_bytes(rivals.ours, small, small) < output / 8
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+@pytest.mark.parametrize(
+    "value, text", [(2.0, "2 s"), (0.0123456, "12.3 ms"), (4.56e-5, "45.6 µs"), (9e-8, "90 ns")], ids=str
+)
+def test_times_are_given_in_three_digits(value, text):
+    assert report.seconds(value) == text
+
+
+def test_a_table_shows_every_row_every_rival_and_why_some_are_missing(result_file):
+    run = results.load(result_file)
+    header, first, second = report.table(run, "gru", "GRU, forward")
+    assert header == ["", "dien_ops", "nn.GRU", "OpenVINO", "target", "verdict"]
+    assert first == ["B2 T3", "1 s [1 s, 1 s]", "3 s [3 s, 3 s]: 3x", "not installed here", "≥ 2x nn.GRU", "reached"]
+    assert second[2] == "500 ms [500 ms, 500 ms]: 0.5x, we are slower"
+    assert second[-1] == "not reached: 0.5x nn.GRU"
+    assert report.table(run, "gru", "GRU in bfloat16") == [["", "ours"], ["B2 T3", "not measured: dien_ops refuses it"]]
+
+
+def test_peak_memory_stands_beside_the_times():
+    one = row()
+    one.timings = {name: replace(t, peak_bytes=n * 2**20) for n, (name, t) in enumerate(one.timings.items(), 3)}
+    run = Run("x", MACHINE, "0123", "2026-01-02", [one], [], [("gru", "GRU, forward")])
+    header, line = report.table(run, "gru", "GRU, forward")
+    assert line[header.index("peak memory")] == "3 MiB; nn.GRU 4 MiB"
+
+
+def test_the_report_says_where_and_when_and_how_many_targets_are_reached(result_file):
+    text = report.markdown(results.load(result_file), "gru")
+    for said in ("Abacus 1, 2 cores", "0123456789ab", "torch 2.13.0", "2026-01-02", "mm GFLOP/s, 1 thread 100"):
+        assert said in text
+    assert "1 of 2 rows with a target reach it; 1 rows were not measured." in text
+    assert "<details><summary>as H grows</summary>" in text
+
+
+@pytest.mark.parametrize(
+    "share, said", [(None, "is not known"), (0.001, "took 0.1%"), (0.4, "**Other processes took 40%")]
+)
+def test_the_report_says_whether_the_machine_was_busy(share, said):
+    run = Run(
+        "x",
+        MACHINE | {"bystanders": share},
+        "0123",
+        "2026-01-02",
+        [row()],
+        [NotRun("gru", "s", "c", "r")],
+        [("gru", "s")],
+    )
+    assert said in report.markdown(run, "gru")
+
+
+def test_one_command_writes_tables_pictures_and_the_readme(result_file, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n")
+    report.main([str(result_file), "--readme", str(readme), "--out", str(tmp_path / "out")])
+    out = tmp_path / "out" / "abacus"
+    assert {p.name for p in out.iterdir()} == {"gru.md", "gru_ratios.png", "gru_H.png"}
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in out.glob("*.png"))
+    tables = (out / "gru.md").read_text()
+    assert readme.read_text() == f"before\n{MARKERS[0]}\n{tables}{MARKERS[1]}\nafter\n"
+    assert "not reached: 0.5x nn.GRU" in capsys.readouterr().out
+    before = readme.read_text()
+    report.main([str(result_file), "--readme", str(readme), "--out", str(tmp_path / "out")])
+    assert readme.read_text() == before
+
+
+@pytest.mark.parametrize("column", [p.stem.removeprefix("bench_") for p in (ROOT / "bench").glob("bench_*.py")])
+def test_the_readme_has_a_place_for_every_column(column):
+    assert "a table" in report.put_between_markers((ROOT / "README.md").read_text(), column, "a table")
+
+
+@pytest.mark.parametrize("text", ["no markers", MARKERS[0], "".join(reversed(MARKERS)), 2 * "".join(MARKERS)])
+def test_a_readme_without_its_markers_is_left_as_it_is(result_file, tmp_path, text):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(SystemExit, match="expected <!-- bench:gru --> and, behind it, <!-- /bench:gru -->, once each"):
+        report.main([str(result_file), "--readme", str(readme), "--out", str(tmp_path / "out")])
+    assert readme.read_text() == text
