@@ -5,8 +5,8 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(dien_ops, m) {
-    // gru: one layer, one direction. gate: none | input | replace | paper | authors. gates: what the backward needs, where
-    // save_gates asks for it; behind a row's length it holds anything
+    // gru: one layer, one direction. gate: none | input | replace | paper | authors. gates: what the backward needs of each
+    // valid step, where save_gates asks for it, in an order of its own; what is left of it holds anything
     m.def(
         "gru(Tensor input, Tensor? attention, Tensor? hx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
         "Tensor? bias_hh, Tensor? lengths, str gate, bool reset_after, bool batch_first, bool reverse, bool save_gates) "

@@ -70,12 +70,18 @@ def _save_for_gru_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 
 
 def _gru_backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, _: None) -> tuple[Any, ...]:
-    *tensors, output, gates = ctx.saved_tensors
-    if gates.dim() == 1:  # the forward ran without saving them, in an exported graph: run it again
-        _, _, gates = torch.ops.dien_ops.gru(*tensors, *ctx.options, True)
-    grads = _differentiable_gru_backward(grad_output, grad_h_n, *tensors, output, gates, *ctx.options)
+    tensors = ctx.saved_tensors
+    grads = _differentiable_gru_backward(grad_output, grad_h_n, *tensors, *ctx.options)
     present = [g if x is not None else None for g, x in zip(grads, tensors, strict=False)]
     return (*present, None, *[None] * 5)  # lengths; gate, reset_after, batch_first, reverse, save_gates
+
+
+def _backward_operator(*arguments: Any) -> Any:
+    grad_output, grad_h_n, *tensors, output, gates, gate, reset_after, batch_first, reverse = arguments
+    options = (gate, reset_after, batch_first, reverse)
+    if gates.dim() == 1:  # the forward ran without saving them, in an exported graph or under vmap: run it again
+        _, _, gates = torch.ops.dien_ops.gru(*tensors, *options, True)
+    return torch.ops.dien_ops.gru_backward(grad_output, grad_h_n, *tensors, output, gates, *options)
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -110,7 +116,7 @@ def _gru_vmap(gru: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...
     """Rows are independent, so a mapped axis becomes part of the batch; mapped weights take one call each."""
     if any(dim is not None for dim in in_dims[3:7]):
         return _one_call_each(gru, info, in_dims, *arguments)
-    input, attention, hx, *weights, lengths, gate, reset_after, batch_first, reverse, save_gates = arguments
+    input, attention, hx, *weights, lengths, gate, reset_after, batch_first, reverse, _ = arguments
     axis = 0 if batch_first else 1
 
     def folded(x: Tensor | None, dim: int | None, axis: int) -> Any:
@@ -123,13 +129,12 @@ def _gru_vmap(gru: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...
     def unfolded(x: Tensor, axis: int) -> Any:
         return x.unflatten(axis, (info.batch_size, x.shape[axis] // info.batch_size))
 
+    # The gates are not one block per sequence, so they cannot be handed to one backward call each.
     output, h_n, gates = gru(
         folded(input, in_dims[0], axis), folded(attention, in_dims[1], axis), folded(hx, in_dims[2], 0), *weights,
-        folded(lengths, in_dims[7], 0), gate, reset_after, batch_first, reverse, save_gates,
+        folded(lengths, in_dims[7], 0), gate, reset_after, batch_first, reverse, False,
     )  # fmt: skip
-    if gates.dim() == 1:  # not saved
-        return (unfolded(output, axis), unfolded(h_n, 0), gates), (axis, 0, None)
-    return (unfolded(output, axis), unfolded(h_n, 0), unfolded(gates, 0)), (axis, 0, 0)
+    return (unfolded(output, axis), unfolded(h_n, 0), gates), (axis, 0, None)
 
 
 def _one_call_each(
@@ -159,7 +164,7 @@ def _differentiable_gru(*arguments: Any) -> Any:
 
 
 def _differentiable_gru_backward(*arguments: Any) -> Any:
-    return (_GRUBackward.apply if _through_function() else torch.ops.dien_ops.gru_backward)(*arguments)
+    return (_GRUBackward.apply if _through_function() else _backward_operator)(*arguments)
 
 
 class _GRU(torch.autograd.Function):
@@ -175,7 +180,7 @@ class _GRU(torch.autograd.Function):
 class _GRUBackward(torch.autograd.Function):
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        return torch.ops.dien_ops.gru_backward(*arguments)
+        return _backward_operator(*arguments)
 
     setup_context = staticmethod(_save_for_double_backward)
     backward = staticmethod(_gru_double_backward)
@@ -185,7 +190,7 @@ class _GRUBackward(torch.autograd.Function):
 torch.library.register_autograd("dien_ops::gru", _gru_backward, setup_context=_save_for_gru_backward)
 torch.library.register_autograd("dien_ops::gru_backward", _gru_double_backward, setup_context=_save_for_double_backward)
 torch.library.register_vmap("dien_ops::gru", partial(_gru_vmap, torch.ops.dien_ops.gru))
-torch.library.register_vmap("dien_ops::gru_backward", partial(_one_call_each, torch.ops.dien_ops.gru_backward))
+torch.library.register_vmap("dien_ops::gru_backward", partial(_one_call_each, _backward_operator))
 
 # --------------------------------------------------------------------------------------------------------- functional
 

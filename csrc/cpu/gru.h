@@ -35,6 +35,7 @@ struct GruProblem {
 
     const int64_t* lengths;  // [B], each in 0..T
     const int64_t* order;    // [B * C], rows by falling length
+    const int64_t* entry;    // [B * C], the valid steps of all rows that come before a row in `order`: where its gates begin
     int64_t tile_rows;       // rows per tile of a sweep
 
     int64_t output_stride_b, output_stride_c, output_stride_t;  // of output and grad_output; the last axis is contiguous
@@ -77,7 +78,7 @@ struct GruForward : GruProblem<S> {
     Compute<S>* packed;           // gru_forward_packed_size elements, written by gru_forward_pack
     S* output;                    // [B, C, T, H] with the output strides; 0 behind a row's length
     S* h_n;                       // [B, C, H]
-    S* gates;                     // [B, C, T, gates_size] or null; left as it is behind a row's length
+    S* gates;                     // [B * C * T, gates_size] or null; see `entry`; behind the last valid step left as it is
 };
 
 // The number of rows that the forward sweep takes together; tile_rows is best a multiple of it.
@@ -97,7 +98,7 @@ struct GruBackward : GruProblem<S> {
     using T = Compute<S>;
 
     const S* output;       // [B, C, T, H], the forward's
-    const S* gates;        // [B, C, T, gates_size], the forward's
+    const S* gates;        // [B * C * T, gates_size], the forward's
     const S* grad_output;  // [B, C, T, H] with the output strides, or null (zeros)
     const S* grad_h_n;     // [B, C, H] or null (zeros)
 

@@ -208,7 +208,7 @@ class GroupSweep {
                 at(p_.attention, p_.attention_offset(row, t)),
                 at(p_.hx, row * H_),
                 p_.output + output,
-                p_.gates + (row * p_.steps + t) * p_.gates_size(),
+                p_.gates + (p_.entry[row] + t) * p_.gates_size(),
                 at(p_.grad_output, output),
                 p_.grad_input + input,
                 at(p_.grad_attention, p_.attention_offset(row, t)),

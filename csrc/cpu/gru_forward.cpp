@@ -82,13 +82,13 @@ class Tile {
                     direction * p.output_stride_t, direction * p.gates_size()};
         for (int64_t i = 0; i < count_; ++i) {
             const int64_t row = order_[i], b = row / p.targets, length = p.lengths[b], t = length > 0 ? p.time(row, 0) : 0;
-            S* const gates = p.gates != nullptr ? p.gates + row * p.steps * p.gates_size() : nullptr;
+            S* const gates = p.gates != nullptr ? p.gates + (p.entry[row] + t) * p.gates_size() : nullptr;
             rows_[i] = {length,
                         p.input + b * p.input_stride_b + t * p.input_stride_t,
                         p.attention != nullptr ? p.attention + p.attention_offset(row, t) : nullptr,
                         p.projected != nullptr ? p.projected + (b * p.steps + t) * width : nullptr,
                         p.output + p.output_offset(row, t),
-                        gates != nullptr ? gates + t * p.gates_size() : nullptr};
+                        gates};
             copy_or_zero(p.hx != nullptr ? p.hx + row * H_ : nullptr, H_, state(current_, i));
             for (int64_t after = length; after < p.steps; ++after) fill_zeros(p.output + p.output_offset(row, after), H_);
         }

@@ -34,7 +34,7 @@ struct Arguments {
     ScalarType dtype;
     Tensor input, weight_ih, weight_hh;
     OptionalTensor attention, hx, bias_ih, bias_hh;
-    std::vector<int64_t> lengths, order;
+    std::vector<int64_t> lengths, order, entry;
 
     std::vector<int64_t> with_time(const std::vector<int64_t>& batch_axes, const std::vector<int64_t>& last) const {
         std::vector<int64_t> sizes = batch_axes;
@@ -86,6 +86,12 @@ Arguments read_arguments(const Tensor& input, const OptionalTensor& attention, c
     std::iota(a.order.begin(), a.order.end(), 0);
     std::stable_sort(a.order.begin(), a.order.end(),
                      [&](int64_t x, int64_t y) { return a.lengths[x / a.C] > a.lengths[y / a.C]; });
+    a.entry.resize(a.order.size());
+    int64_t entries = 0;
+    for (const int64_t row : a.order) {
+        a.entry[row] = entries;
+        entries += a.lengths[row / a.C];
+    }
     return a;
 }
 
@@ -103,6 +109,7 @@ GruProblem<S> problem(const Arguments& a) {
     p.bias_hh = pointer<S>(a.bias_hh);
     p.lengths = a.lengths.data();
     p.order = a.order.data();
+    p.entry = a.entry.data();
     if (a.batch_first) {  // [B, T, I], [B, C, T], [B, C, T, H]
         p.input_stride_b = a.T * a.I, p.input_stride_t = a.I;
         p.attention_stride_b = a.C * a.T, p.attention_stride_c = a.T, p.attention_stride_t = 1;

@@ -68,8 +68,7 @@ inline OptionalTensor checked(const OptionalTensor& t, const char* argument, con
 inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     constexpr uintptr_t kPage = 2 << 20;
-    constexpr int64_t kLarge = 4 * kPage;
-    if (bytes < kLarge) return;
+    if (bytes < static_cast<int64_t>(2 * kPage)) return;
     const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
     const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: refused, nothing is lost
