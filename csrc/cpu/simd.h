@@ -96,12 +96,17 @@ struct Vec {
     Vec& operator*=(Vec b) { return *this = *this * b; }
 };
 
-// The lanes' sum, always in the same order.
+// The lanes' sum, always in the same order: halves are added to halves.
 template <typename T>
 T sum(Vec<T> x) {
-    T total = 0;
-    for (int64_t i = 0; i < Vec<T>::kSize; ++i) total += x.v[i];
-    return total;
+    T lanes[Vec<T>::kSize];
+    x.store(lanes);
+#pragma GCC unroll 4
+    for (int64_t half = Vec<T>::kSize / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[half + i];
+    }
+    return lanes[0];
 }
 
 // The smaller and the larger of a bound and x; a NaN in x passes through, so that bad input is seen in the result. The
@@ -181,7 +186,7 @@ struct ExpParts {
 
 // x lies in kLowest..kHighest or is NaN.
 template <typename T>
-ExpParts<T> exp_parts(Vec<T> x) {
+[[gnu::always_inline]] inline ExpParts<T> exp_parts(Vec<T> x) {
     using Traits = ExpTraits<T>;
     // The last bits of `shifted` are the integer n next to x / ln(2); the others go when n is shifted into the exponent.
     const Vec<T> shifted = x * Vec<T>(T(1.4426950408889634)) + Vec<T>(Traits::kRound);
@@ -202,13 +207,13 @@ Vec<T> clamp_for_exp(Vec<T> x) {
 }
 
 template <typename T>
-Vec<T> exp(Vec<T> x) {
+[[gnu::always_inline]] inline Vec<T> exp(Vec<T> x) {
     const ExpParts<T> e = exp_parts(clamp_for_exp(x));
     return e.scale + e.scale * e.tail;
 }
 
 template <typename T>
-Vec<T> sigmoid(Vec<T> x) {
+[[gnu::always_inline]] inline Vec<T> sigmoid(Vec<T> x) {
     return Vec<T>(T(1)) / (Vec<T>(T(1)) + exp(-x));
 }
 
@@ -221,7 +226,7 @@ Vec<T> expm1(Vec<T> x) {
 
 // With m = expm1(2 |x|): tanh |x| = m / (m + 2), where nothing cancels.
 template <typename T>
-Vec<T> tanh(Vec<T> x) {
+[[gnu::always_inline]] inline Vec<T> tanh(Vec<T> x) {
     using Bits = typename NativeVector<T>::Bits;
     const Bits bits = bits_of(x), sign = bits & bits_of(Vec<T>(T(-0.0)));
     const Vec<T> magnitude = at_most(from_bits<T>(bits ^ sign), Vec<T>(T(20)));  // beyond 20 the result is 1 in both precisions

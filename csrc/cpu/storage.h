@@ -13,26 +13,33 @@ namespace {
 typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
 using Bits32 = NativeVector<float>::Bits;
 
-// The first n of a vector's 16-bit lanes, by powers of two: memcpy with a variable size would be a call.
-inline void copy_first(const char* source, char* destination, int64_t n) {
-    for (int64_t size = Vec<float>::kSize / 2; size > 0; size /= 2) {
-        if ((n & size) == 0) continue;
-        switch (size) {
-            case 8:
-                std::memcpy(destination, source, 16);
-                break;
-            case 4:
-                std::memcpy(destination, source, 8);
-                break;
-            case 2:
-                std::memcpy(destination, source, 4);
-                break;
-            default:
-                std::memcpy(destination, source, 2);
-        }
-        source += 2 * size, destination += 2 * size;
-    }
+// The first n of a vector's 16-bit lanes, from and to memory.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline Bits16 load_bits(const uint16_t* p, int64_t n) {
+    return (Bits16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
 }
+inline void store_bits(Bits16 bits, uint16_t* p, int64_t n) {
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), (__m256i)bits);
+}
+#else
+// By powers of two: memcpy with a variable size would be a call.
+inline void copy_first(const uint16_t* source, uint16_t* destination, int64_t n) {
+    constexpr int64_t kSize = Vec<float>::kSize;
+    if (n == kSize) {
+        std::memcpy(destination, source, 2 * kSize);
+        return;
+    }
+    if (kSize > 4 && (n & 4) != 0) std::memcpy(destination, source, 8), source += 4, destination += 4;
+    if ((n & 2) != 0) std::memcpy(destination, source, 4), source += 2, destination += 2;
+    if ((n & 1) != 0) *destination = *source;
+}
+inline Bits16 load_bits(const uint16_t* p, int64_t n) {
+    Bits16 bits{};
+    copy_first(p, reinterpret_cast<uint16_t*>(&bits), n);
+    return bits;
+}
+inline void store_bits(Bits16 bits, uint16_t* p, int64_t n) { copy_first(reinterpret_cast<const uint16_t*>(&bits), p, n); }
+#endif
 
 inline Vec<float> widen(Bits16 bits, BFloat16) { return from_bits<float>(__builtin_convertvector(bits, Bits32) << 16); }
 
@@ -72,13 +79,7 @@ Vec<T> load(const S* p, int64_t n) {
     if constexpr (std::is_same_v<S, T>) {
         return Vec<T>::load(p, n);
     } else {
-        Bits16 bits{};
-        if (n == Vec<T>::kSize) {
-            std::memcpy(&bits, p, sizeof(bits));
-        } else {
-            copy_first(reinterpret_cast<const char*>(p), reinterpret_cast<char*>(&bits), n);
-        }
-        return widen(bits, S{});
+        return widen(load_bits(&p->bits, n), S{});
     }
 }
 
@@ -88,12 +89,7 @@ void store(Vec<T> x, S* p, int64_t n) {
     if constexpr (std::is_same_v<S, T>) {
         x.store(p, n);
     } else {
-        const Bits16 bits = narrow(x, S{});
-        if (n == Vec<T>::kSize) {
-            std::memcpy(p, &bits, sizeof(bits));
-        } else {
-            copy_first(reinterpret_cast<const char*>(&bits), reinterpret_cast<char*>(p), n);
-        }
+        store_bits(narrow(x, S{}), &p->bits, n);
     }
 }
 
