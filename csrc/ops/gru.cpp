@@ -143,9 +143,13 @@ int64_t forward_tile_rows(int64_t rows, int64_t block) {
     return divide_up(rows, full) == divide_up(rows, tile) ? full : tile;
 }
 
-// Rows per tile and groups of tiles of the backward sweep, which set the order of its sums: from the number of rows alone.
+// Rows per tile and groups of tiles of the backward sweep, which set the order of its sums: from the problem alone. A group is
+// what a thread takes, and has sums of its own: as many as large machines have use for, within 64 MiB.
 int64_t backward_tile_rows(int64_t rows) { return rows <= 64 ? 8 : rows <= 256 ? 16 : 32; }
-int64_t backward_groups(int64_t tiles) { return std::clamp<int64_t>(tiles, 1, 16); }
+int64_t backward_groups(int64_t tiles, int64_t bytes_of_sums) {
+    const int64_t most = std::clamp<int64_t>((64 << 20) / bytes_of_sums, 8, 64);
+    return std::clamp<int64_t>(tiles, 1, most);
+}
 
 std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& input, const OptionalTensor& attention, const OptionalTensor& hx,
                                        const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
@@ -211,19 +215,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
         p.grad_bias_ih = mutable_pointer<S>(grad_bias_ih);
         p.grad_bias_hh = mutable_pointer<S>(grad_bias_hh);
         p.tile_rows = backward_tile_rows(p.rows());
-        p.groups = backward_groups(p.tiles());
-
-        const bool several = a.C != 1;
-        const std::vector<int64_t> parts = {a.B + p.groups, a.T, 3 * a.H};
-        const Tensor grad_projected = empty(several ? parts : none, a.compute_dtype());
-        p.grad_projected = several ? mutable_pointer<T>(grad_projected) : nullptr;
         cpu::with_capability([&](auto target) {
-            Tensor projected;
+            const int64_t sums_size = cpu::gru_backward_sums_size<target()>(p);
+            p.groups = backward_groups(p.tiles(), sums_size * sizeof(T));
+            const bool several = a.C != 1;
+            Tensor grad_projected, projected;
+            if (several) {
+                grad_projected = empty({a.B + p.groups, a.T, 3 * a.H}, a.compute_dtype());
+                p.grad_projected = mutable_pointer<T>(grad_projected);
+            }
             if (several && a.gate == Gate::input) {
                 projected = project_input<target()>(p, /*panels=*/false, a.compute_dtype());
                 p.projected = pointer<T>(projected);
             }
-            const Tensor sums = empty({p.groups, cpu::gru_backward_sums_size<target()>(p)}, a.compute_dtype());
+            const Tensor sums = empty({p.groups, sums_size}, a.compute_dtype());
             const Tensor packed = empty({cpu::gru_backward_packed_size<target()>(p)}, a.compute_dtype());
             p.sums = mutable_pointer<T>(sums);
             p.packed = mutable_pointer<T>(packed);
