@@ -84,6 +84,7 @@ struct GruForward : GruProblem<S> {
 // The number of rows that the forward sweep takes together; tile_rows is best a multiple of it.
 template <Capability kTarget, typename S>
 int64_t gru_forward_block_rows();
+// What is packed depends on whether `projected` is there: set it first.
 template <Capability kTarget, typename S>
 int64_t gru_forward_packed_size(const GruForward<S>& p);
 template <Capability kTarget, typename S>
@@ -91,8 +92,8 @@ void gru_forward_pack(const GruForward<S>& p);
 template <Capability kTarget, typename S>
 void gru_forward_sweep(const GruForward<S>& p, int64_t tile_begin, int64_t tile_end);
 
-// The sweep is split into groups of tiles, which accumulate the sums over rows and time apart. Their number depends on the
-// problem alone, and so does the order of every sum.
+// The sweep is split into groups of tiles of about the same number of steps, which accumulate the sums over rows and time
+// apart. They depend on the problem alone, and so does the order of every sum.
 template <typename S>
 struct GruBackward : GruProblem<S> {
     using T = Compute<S>;
@@ -103,8 +104,10 @@ struct GruBackward : GruProblem<S> {
     const S* grad_h_n;     // [B, C, H] or null (zeros)
 
     int64_t groups;
+    const int64_t*
+        group_begin;     // [groups + 1], positions in `order`: where each group's rows begin, whole tiles; the last ends
     T* packed;           // gru_backward_packed_size elements, written by gru_backward_pack
-    T* sums;             // [groups, gru_backward_sums_size], written by the sweep and, for several targets, the input phase
+    T* sums;             // [groups, gru_backward_sums_size], set by the sweep; for several targets the input phase adds to W's
     const T* projected;  // [B, T, 3H], from gru_projection: needed where C != 1 and gate is input, else null
     T* grad_projected;   // [B + groups, T, 3H]: parts of the gradient of W x; needed where C != 1, else null
 

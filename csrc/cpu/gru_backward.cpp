@@ -71,8 +71,7 @@ struct Range {
 
 template <typename S>
 Range rows_of(const GruBackward<S>& p, int64_t group) {
-    const auto first = [&](int64_t g) { return std::min(g * p.tiles() / p.groups * p.tile_rows, p.rows()); };
-    return {first(group), first(group + 1)};
+    return {p.group_begin[group], p.group_begin[group + 1]};
 }
 
 // A group's part of the gradient of W x of the sequence at this position of the order of sequences, [T, 3H], gates n, r, z. A
@@ -356,7 +355,8 @@ void input_gradient(const GruBackward<S>& p, int64_t position, Compute<S>* total
     fill_zeros(total, length * width);
     for (int64_t group = 0; group < p.groups; ++group) {
         const Range rows = rows_of(p, group);
-        if (rows.begin >= (position + 1) * p.targets || rows.end <= position * p.targets) continue;
+        const bool shares = std::max(rows.begin, position * p.targets) < std::min(rows.end, (position + 1) * p.targets);
+        if (!shares) continue;
         add(projected_part(p, group, position), T(1), length * width, total);
     }
     multiply<T>(total, width, packed_parts(p).w, nullptr, false, dx, I, length, I, width);

@@ -37,7 +37,7 @@ int64_t panel_input_size(const GruForward<S>& p) {
 // Where U_n stands, packed for the reset before the product.
 template <typename S>
 Compute<S>* packed_u_n(const GruForward<S>& p) {
-    return p.packed + panels_size<Compute<S>>(panel_input_size(p), p.hidden_size);
+    return p.packed + panels_size<Compute<S>>(panel_input_size(p), p.hidden_size, p.reset_after);
 }
 
 // A row of a tile at its first step; step s is s strides further on.
@@ -118,9 +118,10 @@ class Tile {
                 (scale * load<T>(row.input + s * strides_.input + j, lanes)).store(now + i * depth_ + j, lanes);
             });
         }
-        for_panels<T>(I_ + H_, H_, [&]<int64_t kVectors>(int64_t first, int64_t units, int64_t offset) {
-            constexpr int64_t kStride = kVectors * Vec<T>::kSize, kDepthStride = stored_vectors(kVectors) * Vec<T>::kSize;
-            const T *const w = p_.packed + offset, *const u = w + I_ * kDepthStride, *const bias = u + H_ * kDepthStride;
+        for_panels<T>(I_, H_, p_.reset_after, [&]<int64_t kVectors>(int64_t first, int64_t units, int64_t offset) {
+            constexpr int64_t kStride = kVectors * Vec<T>::kSize;
+            const T* const weights = p_.packed + offset;
+            const T* const bias = weights + panel_size<T>(kVectors, I_, H_, p_.reset_after) - kStride;
             for (int64_t i = 0; i < running; ++i) {
                 const T* const x =
                     rows_[i].projected != nullptr ? rows_[i].projected + s * strides_.projected + 4 * first : nullptr;
@@ -130,27 +131,36 @@ class Tile {
                     start.store(products_ + i * kStride + j, lanes);
                 });
             }
-            for (int64_t k = 0; k < I_; k += kPanelDepth) {
-                const int64_t depth = std::min(kPanelDepth, I_ - k);
-                for_row_tiles<kTileRows>(0, running, [&]<int64_t kRows>(int64_t m) {
-                    panel_products<kRows, kVectors, 2>(now + m * depth_ + k, depth_, w + k * kDepthStride, depth,
-                                                       products_ + m * kStride);
-                });
+            constexpr int64_t kForX = stored_for_x(kVectors);
+            const T* const u = weights + I_ * kForX * Vec<T>::kSize;
+            add_products<kVectors, kForX, 2>(now, weights, I_, running);
+            if (p_.reset_after) {
+                add_products<kVectors, stored_for_h(kVectors, true), 3>(state(now, 0), u, H_, running);
+            } else {
+                add_products<kVectors, stored_for_h(kVectors, false), 3>(state(now, 0), u, H_, running);
             }
-            for (int64_t k = 0; k < H_; k += kPanelDepth) {
-                const int64_t depth = std::min(kPanelDepth, H_ - k);
-                for_row_tiles<kTileRows>(0, running, [&]<int64_t kRows>(int64_t m) {
-                    T* const products = products_ + m * kStride;
-                    panel_products<kRows, kVectors, 3>(state(now, m) + k, depth_, u + k * kDepthStride, depth, products);
-                    if (k + depth == H_) finish_block<kRows, kVectors>(m, s, first, units, products, now, then);
-                });
-            }
+            for_row_tiles<kTileRows>(0, running, [&]<int64_t kRows>(int64_t m) {
+                finish_block<kRows, kVectors>(m, s, first, units, products_ + m * kStride, now, then);
+            });
         });
         if (p_.reset_after) return;
         multiply<T>(reset_states_, H_, packed_u_n(p_), nullptr, false, sums_, H_, running, H_, H_);
         with_gate(p_.gate, [&](auto gate) {
             for (int64_t i = 0; i < running; ++i) finish_reset_before<gate()>(i, s, state(now, i), state(then, i));
         });
+    }
+
+    // The products of `running` rows of elements of x or h with a panel's weights of these elements, added to products_.
+    template <int64_t kVectors, int64_t kStored, int64_t kThird>
+    void add_products(const T* elements, const T* weights, int64_t size, int64_t running) {
+        constexpr int64_t kSize = Vec<T>::kSize;
+        for (int64_t k = 0; k < size; k += kPanelDepth) {
+            const int64_t depth = std::min(kPanelDepth, size - k);
+            for_row_tiles<kTileRows>(0, running, [&]<int64_t kRows>(int64_t m) {
+                panel_products<kRows, kVectors, kStored, kThird>(
+                    elements + m * depth_ + k, depth_, weights + k * kStored * kSize, depth, products_ + m * kVectors * kSize);
+            });
+        }
     }
 
     T input_scale(int64_t i) const { return p_.gate == Gate::input ? scores_[i] : T(1); }
@@ -284,13 +294,13 @@ template <Capability kTarget, typename S>
 int64_t gru_forward_packed_size(const GruForward<S>& p) {
     using T = Compute<S>;
     const int64_t H = p.hidden_size;
-    return panels_size<T>(panel_input_size(p), H) + (p.reset_after ? 0 : packed_size<T>(H, H));
+    return panels_size<T>(panel_input_size(p), H, p.reset_after) + (p.reset_after ? 0 : packed_size<T>(H, H));
 }
 
 template <Capability kTarget, typename S>
 void gru_forward_pack(const GruForward<S>& p) {
     const int64_t H = p.hidden_size;
-    pack_panels(p.weight_ih, p.weight_hh, p.bias_ih, p.bias_hh, panel_input_size(p), H, p.packed);
+    pack_panels(p.weight_ih, p.weight_hh, p.bias_ih, p.bias_hh, panel_input_size(p), H, p.reset_after, p.packed);
     if (!p.reset_after) pack(p.weight_hh + 2 * H * H, 1, H, H, H, packed_u_n(p));
 }
 

@@ -8,8 +8,8 @@
 // The last two are kept apart, as the reset gate scales only the second. A panel has one vector per group, its width being a
 // vector's; the last units, if they are few, take a panel of two vectors or of one, in which the groups share vectors, so that
 // H = 36 with vectors of 16 costs 7 products per element of [x, h] rather than 9. For each element of x and then of h a panel
-// stores its weights, stored_vectors of them: a whole panel leaves out the group that x or h has no share in. The biases of all
-// groups follow.
+// stores its weights: a whole panel leaves out the groups that x or h has no share in. The biases of all groups follow. With
+// the reset before the product n's U (r h) is not a panel's work, and h has a share in r and z alone.
 #pragma once
 
 #include "cpu/simd.h"
@@ -26,11 +26,19 @@ int64_t panel_vectors(int64_t left) {
     return 2 * left <= kSize ? 2 : 4;
 }
 
-constexpr int64_t stored_vectors(int64_t vectors) { return vectors == 4 ? 3 : vectors; }
+// The vectors stored for an element of x, and for one of h.
+constexpr int64_t stored_for_x(int64_t vectors) { return vectors == 4 ? 3 : vectors; }
+constexpr int64_t stored_for_h(int64_t vectors, bool reset_after) { return vectors < 4 ? vectors : reset_after ? 3 : 2; }
 
-// Calls f.operator()<vectors>(first unit, units, offset of its weights) for each panel of H units.
+// Number of elements of a panel's packed weights and biases; I is 0 where x's share is computed elsewhere.
+template <typename T>
+int64_t panel_size(int64_t vectors, int64_t I, int64_t H, bool reset_after) {
+    return (I * stored_for_x(vectors) + H * stored_for_h(vectors, reset_after) + vectors) * Vec<T>::kSize;
+}
+
+// Calls f.operator()<vectors>(first unit, units, offset of its weights) for each panel of H units. Returns the size of all.
 template <typename T, typename F>
-void for_panels(int64_t depth, int64_t H, F&& f) {
+int64_t for_panels(int64_t I, int64_t H, bool reset_after, F&& f) {
     constexpr int64_t kSize = Vec<T>::kSize;
     int64_t offset = 0;
     for (int64_t first = 0; first < H; first += kSize) {
@@ -38,18 +46,14 @@ void for_panels(int64_t depth, int64_t H, F&& f) {
         if (vectors == 4) f.template operator()<4>(first, units, offset);
         if (vectors == 2) f.template operator()<2>(first, units, offset);
         if (vectors == 1) f.template operator()<1>(first, units, offset);
-        offset += (depth * stored_vectors(vectors) + vectors) * kSize;
+        offset += panel_size<T>(vectors, I, H, reset_after);
     }
+    return offset;
 }
 
-// Number of elements of the packed weights; I is 0 where x's share is computed elsewhere.
 template <typename T>
-int64_t panels_size(int64_t I, int64_t H) {
-    int64_t size = 0;
-    for_panels<T>(I + H, H, [&]<int64_t kVectors>(int64_t, int64_t, int64_t offset) {
-        size = offset + ((I + H) * stored_vectors(kVectors) + kVectors) * Vec<T>::kSize;
-    });
-    return size;
+int64_t panels_size(int64_t I, int64_t H, bool reset_after) {
+    return for_panels<T>(I, H, reset_after, []<int64_t kVectors>(int64_t, int64_t, int64_t) {});
 }
 
 // Number of lanes of all panels together. Those of a panel begin at four times its first unit.
@@ -70,23 +74,26 @@ int64_t panel_lane_row(int64_t lane, int64_t H) {
 
 // weight_ih [3H, I], weight_hh [3H, H], and the biases [3H], which may be null; gates r, z, n.
 template <typename T, typename S>
-void pack_panels(const S* weight_ih, const S* weight_hh, const S* bias_ih, const S* bias_hh, int64_t I, int64_t H, T* packed) {
+void pack_panels(const S* weight_ih, const S* weight_hh, const S* bias_ih, const S* bias_hh, int64_t I, int64_t H,
+                 bool reset_after, T* packed) {
     constexpr int64_t kSize = Vec<T>::kSize;
-    for_panels<T>(I + H, H, [&]<int64_t kVectors>(int64_t first, int64_t units, int64_t offset) {
-        constexpr int64_t kStored = stored_vectors(kVectors), kWidth = kVectors * kSize / 4;
-        T *const panel = packed + offset, *const bias = panel + (I + H) * kStored * kSize;
-        std::memset(panel, 0, ((I + H) * kStored + kVectors) * kSize * sizeof(T));
-        const auto add = [&](const S* weight, int64_t depth, int64_t gate, int64_t group, T* to) {
-            for (int64_t u = 0; u < units && weight != nullptr; ++u) {
-                const S* const row = weight + (gate * H + first + u) * depth;
-                for (int64_t k = 0; k < depth; ++k) to[k * kStored * kSize + group * kWidth + u] += load_one(row + k);
+    for_panels<T>(I, H, reset_after, [&]<int64_t kVectors>(int64_t first, int64_t units, int64_t offset) {
+        constexpr int64_t kWidth = kVectors * kSize / 4;
+        const int64_t x_stride = stored_for_x(kVectors) * kSize, h_stride = stored_for_h(kVectors, reset_after) * kSize;
+        T *const w = packed + offset, *const u = w + I * x_stride, *const bias = u + H * h_stride;
+        std::memset(w, 0, panel_size<T>(kVectors, I, H, reset_after) * sizeof(T));
+        const auto add = [&](const S* weight, int64_t depth, int64_t gate, int64_t group, T* to, int64_t stride) {
+            for (int64_t i = 0; i < units && weight != nullptr; ++i) {
+                const S* const row = weight + (gate * H + first + i) * depth;
+                for (int64_t k = 0; k < depth; ++k) to[k * stride + group * kWidth + i] += load_one(row + k);
             }
         };
         for (int64_t gate = 0; gate < 3; ++gate) {
-            add(weight_ih, I, gate, gate, panel);
-            add(weight_hh, H, gate, gate == 2 && kVectors < 4 ? 3 : gate, panel + I * kStored * kSize);
-            add(bias_ih, 1, gate, gate, bias);
-            add(bias_hh, 1, gate, gate == 2 ? 3 : gate, bias);
+            add(weight_ih, I, gate, gate, w, x_stride);
+            add(bias_ih, 1, gate, gate, bias, 0);
+            if (gate == 2 && !reset_after) continue;
+            add(weight_hh, H, gate, gate == 2 && kVectors < 4 ? 3 : gate, u, h_stride);
+            add(bias_hh, 1, gate, gate == 2 ? 3 : gate, bias, 0);
         }
     });
 }
@@ -95,11 +102,12 @@ void pack_panels(const S* weight_ih, const S* weight_hh, const S* bias_ih, const
 // all rows of a tile pass by.
 constexpr int64_t kPanelDepth = 128;
 
-// products [kRows][kVectors * kSize] += a [kRows, depth] times the panel's weights of these elements. A whole panel has no more
-// than three vectors of sums per row at work: the last is added to group kLast, 2 for elements of x and 3 for those of h.
-template <int64_t kRows, int64_t kVectors, int64_t kLast, typename T>
+// products [kRows][kVectors * kSize] += a [kRows, depth] times the panel's weights of these elements, kStored vectors for each.
+// A whole panel has no more than three vectors of sums per row at work: the third is added to group kThird, 2 for elements of x
+// and 3 for those of h.
+template <int64_t kRows, int64_t kVectors, int64_t kStored, int64_t kThird, typename T>
 void panel_products(const T* a, int64_t lda, const T* weights, int64_t depth, T* products) {
-    constexpr int64_t kSize = Vec<T>::kSize, kStored = stored_vectors(kVectors);
+    constexpr int64_t kSize = Vec<T>::kSize;
     Vec<T> sums[kRows][kStored];
     for (int64_t k = 0; k < depth; ++k, weights += kStored * kSize) {
         Vec<T> w[kStored];
@@ -116,7 +124,7 @@ void panel_products(const T* a, int64_t lda, const T* weights, int64_t depth, T*
     for (int64_t m = 0; m < kRows; ++m) {
 #pragma GCC unroll 3
         for (int64_t v = 0; v < kStored; ++v) {
-            T* const product = products + (m * kVectors + (kVectors == 4 && v == 2 ? kLast : v)) * kSize;
+            T* const product = products + (m * kVectors + (kVectors == 4 && v == 2 ? kThird : v)) * kSize;
             (Vec<T>::load(product) + sums[m][v]).store(product);
         }
     }

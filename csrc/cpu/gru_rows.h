@@ -48,7 +48,7 @@ template <typename From, typename To>
 void copy_or_zero(const From* source, int64_t n, To* destination) {
     if (source == nullptr) return fill_zeros(destination, n);
     if constexpr (std::is_same_v<From, To>) {
-        std::memcpy(destination, source, n * sizeof(To));
+        if (n > 0) std::memcpy(destination, source, n * sizeof(To));
     } else {
         using T = std::conditional_t<std::is_same_v<From, Compute<From>>, From, To>;
         for_vectors<T>(n, [&](int64_t j, int64_t lanes) { store(load<T>(source + j, lanes), destination + j, lanes); });

@@ -52,7 +52,7 @@ inline Bits16 narrow(Vec<float> x, BFloat16) {
 }
 
 // Half's exponent, moved to where float has its own, is 112 too small; scaling mends that for subnormal numbers too. What was
-// infinite or NaN has an exponent of 143 then and gets 255.
+// infinite or NaN has an exponent of 143 then and gets 255. (With torch.set_flush_denormal they are zero, as float's are.)
 inline Vec<float> widen(Bits16 half, Half) {
     const Bits32 wide = __builtin_convertvector(half, Bits32);
     const Bits32 sign = (wide & 0x8000) << 16;
@@ -61,7 +61,7 @@ inline Vec<float> widen(Bits16 half, Half) {
     return from_bits<float>((bits >= 0x47800000 ? bits | 0x7f800000 : bits) | sign);
 }
 
-// To the nearest, ties to even; beyond 65519 infinite; a NaN stays one.
+// To the nearest, ties to even; infinite from 65520 on; a NaN stays one.
 inline Bits16 narrow(Vec<float> x, Half) {
     const Bits32 bits = bits_of(x), magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
     // From 2^-14 on: the exponent moved, 13 bits rounded off; a carry runs into the exponent, as it should.

@@ -144,11 +144,23 @@ int64_t forward_tile_rows(int64_t rows, int64_t block) {
 }
 
 // Rows per tile and groups of tiles of the backward sweep, which set the order of its sums: from the problem alone. A group is
-// what a thread takes, and has sums of its own: as many as large machines have use for, within 64 MiB.
+// what a thread takes, and has sums of its own: as many as large machines have use for, within 64 MiB, but at least 8.
 int64_t backward_tile_rows(int64_t rows) { return rows <= 64 ? 8 : rows <= 256 ? 16 : 32; }
 int64_t backward_groups(int64_t tiles, int64_t bytes_of_sums) {
-    const int64_t most = std::clamp<int64_t>((64 << 20) / bytes_of_sums, 8, 64);
+    const int64_t most = std::clamp<int64_t>((64 << 20) / std::max<int64_t>(bytes_of_sums, 1), 8, 64);
     return std::clamp<int64_t>(tiles, 1, most);
+}
+
+// Cuts the tiles into groups of about as many valid steps: each but the first begins with the tile in which its share begins.
+template <typename S>
+std::vector<int64_t> group_begins(const GruProblem<S>& p, int64_t groups) {
+    std::vector<int64_t> begins(groups + 1, p.rows());
+    int64_t steps = 0, group = 0;
+    for (int64_t row = 0; row < p.rows(); ++row) steps += p.length(row);
+    for (int64_t first = 0; first < p.rows(); first += p.tile_rows) {
+        for (; group < groups && p.entry[p.order[first]] * groups >= group * steps; ++group) begins[group] = first;
+    }
+    return begins;
 }
 
 std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& input, const OptionalTensor& attention, const OptionalTensor& hx,
@@ -169,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& input, const OptionalTensor
             const int64_t block = cpu::gru_forward_block_rows<target(), S>();
             p.tile_rows = forward_tile_rows(p.rows(), block);
             Tensor projected;
-            if (a.C != 1 || p.rows() < block) {
+            if (p.rows() > 0 && (a.C != 1 || p.rows() < block)) {
                 projected = project_input<target()>(p, /*panels=*/true, a.compute_dtype());
                 p.projected = pointer<Compute<S>>(projected);
             }
@@ -218,6 +230,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
         cpu::with_capability([&](auto target) {
             const int64_t sums_size = cpu::gru_backward_sums_size<target()>(p);
             p.groups = backward_groups(p.tiles(), sums_size * sizeof(T));
+            const std::vector<int64_t> begins = group_begins(p, p.groups);
+            p.group_begin = begins.data();
             const bool several = a.C != 1;
             Tensor grad_projected, projected;
             if (several) {
