@@ -343,6 +343,14 @@ def test_torch_func_takes_second_derivatives():
     assert_close([actual], [expected])
 
 
+def test_forward_mode_is_refused_under_the_compiler_too():
+    gru, x = dien_ops.GRU(3, 5, dtype=D), torch.randn(4, 2, 3, dtype=D)
+    compiled = torch.compile(lambda x: torch.func.jvp(lambda x: gru(x)[0], (x,), (x,)), backend="eager")
+    with pytest.raises(NotImplementedError, match="forward-mode tangent"):
+        compiled(x)
+    torch.compiler.reset()  # the compiler gave up and has compiled the functions called on the way one by one
+
+
 def test_vmap_of_grad_gives_the_gradients_of_each_sample():
     _, ours = twins(3, 5, **DEEP)
     parameters = {name: p.detach() for name, p in ours.named_parameters()}
@@ -351,6 +359,20 @@ def test_vmap_of_grad_gives_the_gradients_of_each_sample():
     alone = [torch.func.grad(loss(ours))(parameters, x) for x in samples]
     for name in parameters:
         assert_close([each[name]], [torch.stack([a[name] for a in alone])])
+
+
+def test_second_derivatives_go_through_vmap_of_grad():
+    _, ours = twins(3, 5)
+    parameters = {name: p.detach().requires_grad_() for name, p in ours.named_parameters()}
+    samples, grad = leaf(6, 4, 2, 3), torch.func.grad(loss(ours), argnums=(0, 1))
+    found = []
+    for grads in (
+        torch.func.vmap(grad, in_dims=(None, 0))(parameters, samples),
+        [grad(parameters, x) for x in samples],
+    ):
+        total = sum(g.square().sum() for g in torch.utils._pytree.tree_leaves(grads))
+        found.append(torch.autograd.grad(total, [samples, *parameters.values()]))
+    assert_close(*found)
 
 
 def test_vmap_runs_an_ensemble_of_modules():
