@@ -95,11 +95,18 @@ class GRU(_Recurrent):
     it makes one call for each. ``torch.func.grad`` and ``vmap(grad)`` work, the latter with one backward call for each
     sample; ``torch.compile`` does not compile ``torch.func.grad`` of this module.
 
-    An exported graph saves nothing for backward, whether gradients are enabled or not. It can be trained all the same:
-    backward then runs the forward once more.
+    An exported graph (``torch.export``, ``torch.jit.trace``) saves nothing for backward, whether gradients are enabled
+    or not. It can be trained all the same: backward then runs the forward once more.
 
-    Differences from nn.GRU: derivatives are taken in reverse mode only (no ``torch.func.jvp``); an output that backward
-    still needs must not be changed in place; hx must have as many rows as a packed batch; there is no proj_size.
+    Differences from nn.GRU:
+
+    * ``isinstance(module, nn.GRU)`` is False: loops that look for it, to initialise or to quantize (``quantize_dynamic``),
+      pass this module by. :meth:`from_torch` and :meth:`to_torch` convert.
+    * Derivatives are taken in reverse mode only: no ``torch.func.jvp``. No ``torch.jit.script``.
+    * An output that backward still needs must not be changed in place.
+    * hx must have as many rows as a packed batch. A sequence of no steps (T = 0) is allowed.
+    * There are no proj_size and mode, and none of nn.GRU's undocumented members: ``_flat_weights``,
+      ``check_forward_args``, ``permute_hidden``.
 
     Raises:
         TypeError: input or hx is no Tensor.

@@ -257,6 +257,13 @@ def test_functional_call_uses_the_parameters_it_is_given():
     assert_close(*found)
 
 
+def test_what_the_docstring_says_is_missing_is_missing():
+    gru = dien_ops.GRU(3, 5)
+    assert not isinstance(gru, nn.GRU)
+    for name in ("proj_size", "mode", "_flat_weights", "check_forward_args", "permute_hidden"):
+        assert hasattr(nn.GRU(3, 5), name) and not hasattr(gru, name), name
+
+
 def test_hooks_see_inputs_and_outputs():
     seen = []
     gru = dien_ops.GRU(3, 5)
@@ -731,6 +738,22 @@ def test_an_exported_graph_saves_nothing_for_backward_and_can_still_be_trained(s
     for run in (program.module(), module):
         h_n = run(*inputs)
         found.append([h_n, *torch.autograd.grad(h_n.square().sum(), list(module.parameters()))])
+    assert_close(*found, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the checks of sizes become constants
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
+def test_a_traced_module_is_saved_loaded_and_trained_with_other_sizes():
+    module, inputs = evolution_and_inputs(3, 4)
+    traced, file = torch.jit.trace(module, inputs), io.BytesIO()  # which compares two traces and their results
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    _, inputs = evolution_and_inputs(5, 9)
+    found = []
+    for run in (loaded, module):
+        h_n = run(*inputs)
+        found.append([h_n, *torch.autograd.grad(h_n.square().sum(), list(run.parameters()))])
     assert_close(*found, 0.0)
 
 
