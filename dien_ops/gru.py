@@ -157,7 +157,7 @@ def _through_function() -> bool:
 
 
 def _differentiable_gru(*arguments: Any) -> Any:
-    """dien_ops::gru, which saves its gates where a gradient is wanted, but not in a graph that is exported or traced."""
+    """dien_ops::gru, which saves its gates where a gradient is wanted, but not in an exported or traced graph."""
     *others, save_gates = arguments
     wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in others)
     save_gates |= wanted and not torch.compiler.is_exporting() and not torch.jit.is_tracing()
@@ -218,6 +218,9 @@ def _run(
     """Checks what all cells share and calls the operator; under autocast as nn.GRU on the CPU: the products take
     autocast's dtype, the results that of the state, which is promoted to the other."""
     _checks.tensor("input", input)
+    _checks.boolean("reset_after", reset_after)
+    _checks.boolean("batch_first", batch_first)
+    _checks.boolean("reverse", reverse)
     kept = None
     if autocast_enabled(input):
         dtype = torch.get_autocast_dtype(input.device.type)

@@ -100,8 +100,8 @@ class GRU(_Recurrent):
 
     Differences from nn.GRU:
 
-    * ``isinstance(module, nn.GRU)`` is False: loops that look for it, to initialise or to quantize (``quantize_dynamic``),
-      pass this module by. :meth:`from_torch` and :meth:`to_torch` convert.
+    * ``isinstance(module, nn.GRU)`` is False: loops that look for it, to initialise or to quantize
+      (``quantize_dynamic``), pass this module by. :meth:`from_torch` and :meth:`to_torch` convert.
     * Derivatives are taken in reverse mode only: no ``torch.func.jvp``. No ``torch.jit.script``.
     * An output that backward still needs must not be changed in place.
     * hx must have as many rows as a packed batch. A sequence of no steps (T = 0) is allowed.
@@ -336,6 +336,7 @@ class _AttentionalGRU(_Recurrent):
         _checks.size("hidden_size", hidden_size)
         _checks.boolean("bias", bias)
         _checks.boolean("batch_first", batch_first)
+        _checks.boolean("reset_after", reset_after)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias

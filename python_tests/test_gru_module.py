@@ -54,6 +54,15 @@ def test_repr_says_what_is_not_the_default():
     assert repr(cell) == "AUGRU(3, 5, batch_first=True, gate='authors')"
 
 
+@pytest.mark.parametrize("option", ["reset_after", "batch_first"])
+def test_options_are_booleans(option):
+    for value, came in ((None, "NoneType"), ("False", "str"), (0, "int")):
+        with pytest.raises(TypeError, match=f"{option} must be a bool, got {came}"):
+            dien_ops.AUGRU(3, 5, **{option: value})
+        with pytest.raises(TypeError, match=f"{option} must be a bool, got {came}"):
+            dien_ops.functional.gru(torch.zeros(2, 2, 3), *nn.GRU(3, 5).parameters(), **{option: value})
+
+
 def test_cells_name_bad_input():
     cell = dien_ops.AUGRU(3, 5, batch_first=True)
     x, a = torch.zeros(2, 6, 3), torch.zeros(2, 6)
