@@ -153,14 +153,14 @@ def _one_call_each(
 def _through_function() -> bool:
     """torch.func transforms an autograd.Function and not what register_autograd registers; with the compiler and with
     torch.jit.trace it is the other way round."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def _differentiable_gru(*arguments: Any) -> Any:
     """dien_ops::gru, which saves its gates where a gradient is wanted, but not in an exported or traced graph."""
     *others, save_gates = arguments
     wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in others)
-    save_gates |= wanted and not torch.compiler.is_exporting() and not torch.jit.is_tracing()
+    save_gates |= wanted and not torch.compiler.is_exporting() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     return (_GRU.apply if _through_function() else torch.ops.dien_ops.gru)(*others, save_gates)
 
 

@@ -52,7 +52,16 @@ class _Recurrent(nn.Module):
         names = (f"weight_ih_{suffix}", f"weight_hh_{suffix}", f"bias_ih_{suffix}", f"bias_hh_{suffix}")
         return [getattr(self, name) if self.bias or name.startswith("weight") else None for name in names]
 
-    def _check_features(self, input: Tensor) -> None:
+    def _check_input(self, input: Tensor) -> None:
+        """Its features and its dtype against the parameters'."""
+        parameter = next(self.parameters(), None)  # None where code has put plain tensors in the parameters' places
+        if parameter is not None and input.dtype != parameter.dtype and not autocast_enabled(input):
+            convertible = input.dtype in _checks.ANY_PRECISION
+            raise ValueError(
+                f"input must have the dtype of the parameters: expected {parameter.dtype}, got {input.dtype}; convert "
+                f"it with input.to({parameter.dtype})"
+                + (f", or the module with .to({input.dtype})" if convertible else "")
+            )
         if input.shape[-1] != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.shape[-1]}"
@@ -249,7 +258,7 @@ class GRU(_Recurrent):
                 return F.dropout(x, self.dropout)
             return F.dropout(x.transpose(0, 1).contiguous(), self.dropout).transpose(0, 1)
 
-        self._check_features(input)
+        self._check_input(input)
         self._check_hx(input, hx, input.shape[0 if batch_first else 1])
         return self._run_layers(input, hx, lengths, batch_first, dropped)
 
@@ -257,7 +266,7 @@ class GRU(_Recurrent):
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-        self._check_features(data)
+        self._check_input(data)
         self._check_hx(data, hx, int(batch_sizes[0]))
 
         def padded(data: Tensor) -> Tensor:  # the rows stay as they are packed, the longest first
@@ -442,7 +451,7 @@ class _AttentionalGRU(_Recurrent):
         _checks.tensor("attention", attention)
         _checks.rank("input", input, 3)
         _checks.rank("attention", attention, 2, 3)
-        self._check_features(input)
+        self._check_input(input)
         if hx is not None:
             _checks.tensor("hx", hx)
             batch = input.shape[0 if self.batch_first else 1]
