@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +24,11 @@ def percentile(values: list[float], percent: float) -> float:
     below = int(place)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def three_digits(value: float) -> str:
+    """Rounded to three digits, and without an exponent: 0.0123, 1.5, 1230."""
+    return f"{Decimal(f'{value:.3g}'):f}"
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Target:
     def __str__(self) -> str:
         if self.against == CEILING:
             return f"≥ {self.at_least:.2f} of {CEILING}"
-        return f"≥ {self.at_least:.3g}x {self.against}"
+        return f"≥ {three_digits(self.at_least)}x {self.against}"
 
 
 @dataclass(frozen=True)
@@ -105,9 +111,8 @@ class Row:
             if value is None:
                 missed.append(f"{target.against} not measured: {self.absent.get(target.against, 'it took no part')}")
             elif value < target.at_least:
-                missed.append(
-                    f"{value:.2f} of {CEILING}" if target.against == CEILING else f"{value:.3g}x {target.against}"
-                )
+                share = target.against == CEILING
+                missed.append(f"{value:.2f} of {CEILING}" if share else f"{three_digits(value)}x {target.against}")
         return "not reached: " + "; ".join(missed) if missed else "reached"
 
     def to_json(self) -> dict[str, Any]:

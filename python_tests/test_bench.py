@@ -222,10 +222,33 @@ def test_peak_memory_is_that_of_the_call_alone():
 
 
 @pytest.mark.parametrize(
-    "value, text", [(2.0, "2 s"), (0.0123456, "12.3 ms"), (4.56e-5, "45.6 µs"), (9e-8, "90 ns")], ids=str
+    "write, value, text",
+    [
+        (report.seconds, 2.0, "2 s"),
+        (report.seconds, 0.9996, "1 s"),
+        (report.seconds, 0.9994, "999 ms"),
+        (report.seconds, 0.0123456, "12.3 ms"),
+        (report.seconds, 4.56e-5, "45.6 µs"),
+        (report.seconds, 9.996e-7, "1 µs"),
+        (report.seconds, 9e-8, "90 ns"),
+        (report.seconds, 1234.0, "1230 s"),
+        (report.size, 3 * 2**19, "1.5 MiB"),
+        (report.size, 1023 * 2**20, "1020 MiB"),
+        (report.size, 1024 * 2**20, "1 GiB"),
+        (report.size, 1500 * 2**20, "1.46 GiB"),
+        (report.size, 0, "0 MiB"),
+        (report.three_digits, 1234.0, "1230"),
+        (report.three_digits, 1.236e-5, "0.0000124"),
+    ],
 )
-def test_times_are_given_in_three_digits(value, text):
-    assert report.seconds(value) == text
+def test_numbers_have_three_digits_and_no_exponent(write, value, text):
+    assert write(value) == text
+
+
+def test_a_large_ratio_has_no_exponent():
+    one = row(ours=(1e-3,), theirs=(1.234,), targets=[Target("nn.GRU", 2000)])
+    assert report.rival_cell(one, "nn.GRU") == "1.23 s [1.23 s, 1.23 s]: 1230x"
+    assert (str(one.targets[0]), one.verdict()) == ("≥ 2000x nn.GRU", "not reached: 1230x nn.GRU")
 
 
 def test_a_table_shows_every_row_every_rival_and_why_some_are_missing(result_file):
@@ -250,7 +273,7 @@ def test_the_report_says_where_and_when_and_how_many_targets_are_reached(result_
     text = report.markdown(results.load(result_file), "gru")
     for said in ("Abacus 1, 2 cores", "0123456789ab", "torch 2.13.0", "2026-01-02", "mm GFLOP/s, 1 thread 100"):
         assert said in text
-    assert "1 of 2 rows with a target reach it; 1 rows were not measured." in text
+    assert "1 of 2 rows with a target reach it; 1 row was not measured." in text
     assert "<details><summary>as H grows</summary>" in text
 
 
