@@ -3,7 +3,7 @@
 
 Prints the tables; writes them as Markdown and the pictures under ``--out``, a folder for each file of results; and,
 where ``--readme`` is given, puts each column's tables between its markers there, ``<!-- bench:gru -->`` and
-``<!-- /bench:gru -->``.
+``<!-- /bench:gru -->``. Only whole runs go there: no quick ones, and none with rows that were not selected.
 """
 
 from __future__ import annotations
@@ -221,6 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         runs = [load(path) for path in options.results]
         print("\n\n".join(terminal(run) for run in runs))
+        for run in runs:
+            if options.readme is not None and not run.is_whole:
+                raise ValueError(f"{run.name} must not go into {options.readme}: it is a quick run, or one of some rows")
         written = write(runs, options.out, options.readme)
     except (OSError, ValueError) as mistake:
         sys.exit(f"bench.report: {mistake}")

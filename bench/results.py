@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+NOT_SELECTED = "not selected"  # the reason why a row that the command line left out was not run
 CEILING = "mm"  # the contestant that is a large matrix product: the matrix rate within reach
 
 
@@ -155,6 +156,11 @@ class Run:
     @property
     def columns(self) -> list[str]:
         return list(dict.fromkeys(column for column, _ in self.titles))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows were asked for, at full length."""
+        return not self.machine["quick"] and all(row.reason != NOT_SELECTED for row in self.not_run)
 
     def sections(self, column: str) -> list[str]:
         return [section for of, section in self.titles if of == column]

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -320,3 +322,29 @@ def test_a_readme_without_its_markers_is_left_as_it_is(result_file, tmp_path, te
     with pytest.raises(SystemExit, match="expected <!-- bench:gru --> and, behind it, <!-- /bench:gru -->, once each"):
         report.main([str(result_file), "--readme", str(readme), "--out", str(tmp_path / "out")])
     assert readme.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"machine_info": MACHINE | {"quick": True}},
+        {"not_run": [{"column": "gru", "section": "GRU, forward", "case": "B8 T9", "reason": results.NOT_SELECTED}]},
+    ],
+    ids=["quick", "some_rows"],
+)
+def test_a_run_that_is_not_whole_does_not_go_into_the_readme(result_file, tmp_path, changed):
+    result_file.write_text(json.dumps(json.loads(result_file.read_text()) | changed))
+    readme = tmp_path / "README.md"
+    readme.write_text("".join(MARKERS))
+    with pytest.raises(SystemExit, match=r"abacus must not go into .*: it is a quick run, or one of some rows"):
+        report.main([str(result_file), "--readme", str(readme), "--out", str(tmp_path / "out")])
+    assert readme.read_text() == "".join(MARKERS)
+    report.main([str(result_file), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize("selection, committed", [("", True), ("-k augru", False)], ids=["all_rows", "some_rows"])
+def test_make_bench_leaves_committed_results_alone_where_rows_are_selected(selection, committed):
+    command = ["make", "--dry-run", "bench", f"BENCH={selection}"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert ("bench/results" in said) == ("--readme" in said) == committed
