@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\n\n".join(terminal(run) for run in runs))
         for run in runs:
             if options.readme is not None and not run.is_whole:
-                raise ValueError(f"{run.name} must not go into {options.readme}: it is a quick run, or one of some rows")
+                raise ValueError(f"{run.name} must not go into {options.readme}: it is quick, or a run of some rows")
         written = write(runs, options.out, options.readme)
     except (OSError, ValueError) as mistake:
         sys.exit(f"bench.report: {mistake}")
