@@ -356,7 +356,7 @@ def openvino_gru(p: Recurrence) -> Contestant:
     x_shared = t.input.numpy()
     request.set_input_tensor(openvino.Tensor(x_shared, shared_memory=True))
 
-    def call(_: Any = x_shared) -> Tensor:  # [B, 1, T, H], the request's own memory; holds x, which the request does not
+    def call(_: Any = x_shared) -> Tensor:  # [B, 1, T, H], the request's own memory; _ keeps the input alive
         request.infer()
         return torch.from_numpy(request.get_output_tensor(0).data)
 

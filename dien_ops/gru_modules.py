@@ -182,6 +182,7 @@ class GRU(_Recurrent):
 
         Raises:
             TypeError: rnn is no torch.nn.GRU, or a subclass of it, which may compute something else.
+            ValueError: a weight of it is parametrized.
 
         Example:
             >>> fast = dien_ops.GRU.from_torch(torch.nn.GRU(36, 36, num_layers=2, batch_first=True))
@@ -191,9 +192,13 @@ class GRU(_Recurrent):
     def to_torch(self) -> nn.GRU:
         """A copy as a torch.nn.GRU, the inverse of :meth:`from_torch`.
 
+        Raises:
+            ValueError: a weight is parametrized.
+
         Example:
             >>> rnn = dien_ops.GRU(36, 36).to_torch()  # for torch.onnx, or where dien_ops is not installed
         """
+        gru_weights.check_plain("the GRU", self)
         return gru_weights.copied(nn.GRU, self, _OPTIONS)
 
     @property
@@ -365,8 +370,9 @@ class _AttentionalGRU(_Recurrent):
             options: the constructor's keyword-only arguments: ``gate`` of an AUGRU.
 
         Raises:
-            TypeError: rnn is no torch.nn.GRU, or a subclass of it, which may compute something else.
-            ValueError: rnn has several layers or both directions.
+            TypeError: rnn is no torch.nn.GRU, or a subclass of it, which may compute something else; an option is one
+                that is copied.
+            ValueError: rnn has several layers or both directions, or a weight of it is parametrized.
 
         Example:
             >>> augru = dien_ops.AUGRU.from_torch(torch.nn.GRU(36, 36, batch_first=True), gate="authors")
@@ -377,7 +383,10 @@ class _AttentionalGRU(_Recurrent):
                 f"rnn must have one layer and one direction, got num_layers={rnn.num_layers}, "
                 f"bidirectional={rnn.bidirectional}"
             )
-        return gru_weights.copied(cls, rnn, ("input_size", "hidden_size", "bias", "batch_first"), **options)
+        same = ("input_size", "hidden_size", "bias", "batch_first")
+        for name in options.keys() & {*same, "device", "dtype"}:
+            raise TypeError(f"{name} must not be given: it is copied from rnn")
+        return gru_weights.copied(cls, rnn, same, **options)
 
     @classmethod
     def from_library(
@@ -421,7 +430,7 @@ class _AttentionalGRU(_Recurrent):
         """A copy of the weights by the library's names in its layout, the inverse of :meth:`from_library`.
 
         Raises:
-            ValueError: an unknown library, or one whose cell computes something else.
+            ValueError: an unknown library, or one whose cell computes something else; a weight is parametrized.
 
         Example:
             >>> cell = dien_ops.AUGRU(36, 36, reset_after=False, gate="authors")
@@ -436,6 +445,7 @@ class _AttentionalGRU(_Recurrent):
                     f"{library} computes {name}={theirs[name]!r}, this {type(self).__name__} has "
                     f"{name}={getattr(self, name)!r}, and no weights turn one into the other"
                 )
+        gru_weights.check_plain("the cell", self)
         return gru_weights.to_library(library, self.state_dict())
 
     def extra_repr(self) -> str:

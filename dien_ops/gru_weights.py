@@ -31,13 +31,15 @@ An AUGRU whose biases differ does not fit into that cell.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dien_ops import _checks
 
@@ -263,12 +265,24 @@ def to_library(library: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def torch_gru(rnn: object) -> nn.GRU:
-    """rnn, if it is a torch.nn.GRU and no subclass, which may compute something else."""
-    if type(rnn) is not nn.GRU:
+def check_plain(name: str, module: nn.Module) -> None:
+    """Its weights are parameters, and nothing computes them from others (torch.nn.utils.parametrize, prune)."""
+    other = [key for key in module.state_dict() if not re.fullmatch(r"(weight|bias)_(ih|hh)_l\d+(_reverse)?", key)]
+    if other:
+        raise ValueError(
+            f"{name} must have plain parameters, got {', '.join(other)}: remove the parametrizations first, with "
+            f"remove_parametrizations of torch.nn.utils.parametrize or remove of torch.nn.utils.prune"
+        )
+
+
+def torch_gru(rnn: Any) -> nn.GRU:
+    """rnn, if it is a torch.nn.GRU with plain parameters and no subclass, which may compute something else."""
+    cls = parametrize.type_before_parametrizations(rnn)
+    if cls is not nn.GRU:
         kind = "its subclass " if isinstance(rnn, nn.GRU) else ""
-        raise TypeError(f"rnn must be a torch.nn.GRU, got {kind}{type(rnn).__name__}")
-    return rnn
+        raise TypeError(f"rnn must be a torch.nn.GRU, got {kind}{cls.__module__}.{cls.__name__}")
+    check_plain("rnn", rnn)
+    return cast(nn.GRU, rnn)
 
 
 def copied(cls: Callable[..., _Module], source: nn.Module, same: Sequence[str], **options: Any) -> _Module:
