@@ -191,7 +191,6 @@ class _GRUBackward(torch.autograd.Function):
 torch.library.register_autograd("dien_ops::gru", _gru_backward, setup_context=_save_for_gru_backward)
 torch.library.register_autograd("dien_ops::gru_backward", _gru_double_backward, setup_context=_save_for_double_backward)
 torch.library.register_vmap("dien_ops::gru", partial(_gru_vmap, torch.ops.dien_ops.gru))
-torch.library.register_vmap("dien_ops::gru_backward", partial(_one_call_each, _backward_operator))
 
 # --------------------------------------------------------------------------------------------------------- functional
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dien_ops
 from dien_ops import functional, reference
@@ -399,6 +400,36 @@ def test_a_module_under_vmap_is_trained_by_backward():
         output = run(x)
         found.append([output, *torch.autograd.grad(output.square().sum(), list(gru.parameters()))])
     assert_close(*found)
+
+
+class Calls(TorchDispatchMode):
+    """The operators of dien_ops that run, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "dien_ops":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_vmap_over_the_input_is_one_call(grad):
+    gru, x = dien_ops.GRU(3, 5), torch.randn(6, 4, 2, 3)
+    with torch.set_grad_enabled(grad), Calls() as calls:
+        torch.vmap(lambda x: gru(x)[0])(x)
+    assert calls.names == ["dien_ops::gru"]
+
+
+def test_gradients_are_taken_for_a_batch_of_output_gradients():
+    gru, x = dien_ops.GRU(3, 5, dtype=D), leaf(4, 2, 3)
+    inputs, output = [x, *gru.parameters()], gru(x)[0]
+    grads = torch.randn(3, *output.shape, dtype=D)
+    together = torch.autograd.grad(output, inputs, grads, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(output, inputs, grad, retain_graph=True) for grad in grads]
+    assert_close(together, [torch.stack(same) for same in zip(*each, strict=True)])
 
 
 MAPPED = ["input", "attention", "hx", "weight_hh", "bias_ih", "lengths"]
