@@ -7,7 +7,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, overload
+from typing import Any, SupportsIndex, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -146,10 +146,12 @@ class GRU(_Recurrent):
         _checks.size("hidden_size", hidden_size)
         _checks.boolean("bias", bias)
         _checks.boolean("batch_first", batch_first)
+        if not isinstance(num_layers, SupportsIndex):
+            raise TypeError(f"num_layers must be an int, got {type(num_layers).__name__}")
         if num_layers <= 0:
             raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
-        if dropout is None:
-            raise TypeError("dropout must be a number, got NoneType")
+        if dropout is None or isinstance(dropout, complex):
+            raise TypeError(f"dropout must be a real number, got {type(dropout).__name__}")
         if not isinstance(dropout, numbers.Number) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
             raise ValueError(
                 f"dropout must be a number in 0..1, the probability of dropping an output, got {dropout!r}"

@@ -7,6 +7,7 @@ import copy
 import inspect
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -639,7 +640,7 @@ def test_wrong_shapes_are_reported_in_nn_grus_words(call):
     [
         {"input_size": 0}, {"input_size": "3"}, {"hidden_size": 0}, {"hidden_size": 5.0},
         {"num_layers": 0}, {"num_layers": 1.5}, {"num_layers": "2"}, {"dropout": 1.5}, {"dropout": -0.1},
-        {"dropout": True}, {"dropout": "a"}, {"dropout": None}, {"bias": 1}, {"bias": None}, {"batch_first": 1},
+        {"dropout": True}, {"dropout": "a"}, {"dropout": None}, {"dropout": 1j}, {"bias": 1}, {"bias": None}, {"batch_first": 1},
         {"batch_first": "x"}, {"device": "nowhere"}, {"dtype": torch.int64}, {"dtype": "float"}, {"unknown": 1},
     ],
     ids=str,
@@ -653,6 +654,21 @@ def test_constructor_mistakes_raise_nn_grus_exception_types(arguments):
             dien_ops.GRU(**arguments)
     else:
         pytest.skip(f"nn.GRU of torch {torch.__version__} accepts this")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_layers": "2"}, "num_layers must be an int, got str"),
+        ({"num_layers": 1.5}, "num_layers must be an int, got float"),
+        ({"dropout": 1j}, "dropout must be a real number, got complex"),
+        ({"dropout": None}, "dropout must be a real number, got NoneType"),
+    ],
+    ids=str,
+)
+def test_constructor_mistakes_are_named(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        dien_ops.GRU(3, 5, **arguments)
 
 
 def test_proj_size_is_refused_as_nn_gru_refuses_it():
@@ -800,6 +816,6 @@ def test_an_aot_inductor_package_runs_in_a_process_of_its_own(tmp_path):
         "inputs, expected = torch.load('expected.pt')\n"
         "print(torch.equal(run(*inputs), expected))\n",
         cwd=str(tmp_path),
-        PYTHONPATH=str(next(iter(dien_ops.__path__)).removesuffix("dien_ops")),
+        PYTHONPATH=str(Path(dien_ops.__file__).parents[1]),
     )
     assert done.stdout.strip() == "True", done.stderr
