@@ -163,7 +163,8 @@ def _named(layout: Layout, weights: object, prefix: str) -> dict[str, object]:
     """The entries of weights that the layout names. Those below a name, a TensorFlow optimizer's, are passed over."""
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights must be a mapping of names to tensors (a state_dict), got {type(weights).__name__}")
-    found = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    named = {name.removesuffix(":0"): value for name, value in weights.items()}  # a TensorFlow variable's own name
+    found = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
     below = tuple(f"{name}/" for name in layout.shapes)
     found = {name: value for name, value in found.items() if not name.startswith(below)}
     required = [name for name in layout.shapes if name not in layout.optional]

@@ -237,6 +237,13 @@ def test_a_prefix_picks_one_cell_out_of_a_checkpoint():
     assert all(torch.equal(a, b) for a, b in zip(cell.parameters(), plain.parameters(), strict=True))
 
 
+def test_variables_may_have_the_names_that_tensorflow_gives_them():
+    arrays = weights("tensorflow")
+    cell = dien_ops.AUGRU.from_library("tensorflow", {f"gru2/{k}:0": v for k, v in arrays.items()}, prefix="gru2/")
+    plain = dien_ops.AUGRU.from_library("tensorflow", arrays)
+    assert all(torch.equal(a, b) for a, b in zip(cell.parameters(), plain.parameters(), strict=True))
+
+
 def test_conversion_draws_no_random_numbers():
     theirs = nn.GRU(IN, H)
     before = torch.get_rng_state()
