@@ -21,6 +21,9 @@ library            cells                                                   gates
 "openvino"         GRUCell, AUGRUCell; of a sequence W[0], R[0], B[0]      z, r, n  before 1       authors
 =================  ======================================================  =======  =====  ======  =======
 
+An AIGRU is the library's GRU over a x. oneDNN and OpenVINO have no AGRU; :class:`AGRU` takes their GRU's weights, and
+places the reset gate as they do. FuxiCTR's ``DynamicGRU(gru_type="AGRU")`` builds its AUGRUCell: load it as an AUGRU.
+
 Where a gate has one bias it becomes ``bias_ih``, and ``bias_hh`` is 0; on the way back the two are added. The second 1
 of "onednn_lbr" is the candidate's bias inside of the reset gate's product.
 
@@ -214,7 +217,8 @@ def from_library(library: str, weights: Mapping[str, Any], prefix: str = "") -> 
 
     They give the library's results only with its place of the reset gate, and an AUGRU's only with its gate:
     ``LAYOUTS[library].augru``. The modules' ``from_library`` sees to that. :class:`GRU` resets after the product, so a
-    GRU that resets before it ("tensorflow", "onednn", "openvino") runs in ``functional.gru(..., reset_after=False)``.
+    GRU that resets before it ("tensorflow", "onednn", "openvino"; the first layer of a TensorFlow DIEN is one) runs in
+    ``functional.gru(..., reset_after=False)``.
 
     Args:
         library: one of the names in :data:`LAYOUTS`.
