@@ -79,7 +79,7 @@ def _gru_backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None,
 def _backward_operator(*arguments: Any) -> Any:
     grad_output, grad_h_n, *tensors, output, gates, gate, reset_after, batch_first, reverse = arguments
     options = (gate, reset_after, batch_first, reverse)
-    if gates.dim() == 1:  # the forward ran without saving them, in an exported graph or under vmap: run it again
+    if gates.dim() == 1:  # the forward ran without saving them (exported, traced, under vmap): run it again
         _, _, gates = torch.ops.dien_ops.gru(*tensors, *options, True)
     return torch.ops.dien_ops.gru_backward(grad_output, grad_h_n, *tensors, output, gates, *options)
 
