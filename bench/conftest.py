@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from bench import harness, machine
+from bench.results import NOT_SELECTED
 
 BYSTANDERS = pytest.StashKey[machine.Bystanders]()
 SECTIONS = pytest.StashKey[list[tuple[str, str]]]()
@@ -50,7 +51,7 @@ def place(item) -> dict[str, str]:
     return {
         "column": item.module.__name__.rpartition("bench_")[2],
         "section": item.function.__doc__.partition("\n")[0].rstrip("."),
-        "case": item.callspec.id.replace("-", ", "),
+        "case": item.callspec.id.replace("-", ", ") if hasattr(item, "callspec") else "",
     }
 
 
@@ -85,7 +86,7 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_deselected(items):
     for item in items:
-        item.config.stash[NOT_RUN].append(place(item) | {"reason": "not selected"})
+        item.config.stash[NOT_RUN].append(place(item) | {"reason": NOT_SELECTED})
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -243,6 +243,7 @@ def ceilings() -> dict[str, float]:
 # Tensors go back to the system as soon as they are freed: else the peak would depend on which holes in its heap the
 # allocator happens to fill again, and vary by a third from process to process.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 * 1024), "MALLOC_TRIM_THRESHOLD_": "0"}
+MEMORY_SECONDS = 300.0
 RESET_PEAK = "5"  # what /proc/self/clear_refs wants: the peak becomes the present size
 
 
@@ -276,15 +277,19 @@ def peak_bytes(factory: Factory, problem: Problem, small: Problem) -> int:
     """
     if not sys.platform.startswith("linux"):
         raise Unavailable("peak memory is read from /proc, which only Linux has")
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.harness"],
-        input=pickle.dumps((factory, problem, small)),
-        env={**os.environ, **ALLOCATOR},
-        capture_output=True,
-        timeout=300,
-    )
-    if done.returncode != 0:
-        raise Unavailable(f"peak memory: {done.stderr.decode().strip().splitlines()[-1]}")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.harness"],
+            input=pickle.dumps((factory, problem, small)),
+            env={**os.environ, **ALLOCATOR},
+            capture_output=True,
+            timeout=MEMORY_SECONDS,
+        )
+    except subprocess.TimeoutExpired as slow:
+        raise Unavailable(f"peak memory: not done after {MEMORY_SECONDS:g} s") from slow
+    if done.returncode != 0:  # a process that is killed, for want of memory say, leaves no words
+        *_, last = "", *done.stderr.decode().strip().splitlines()
+        raise Unavailable(f"peak memory: {last or f'its process ended with status {done.returncode}'}")
     return int(done.stdout.split()[-1])
 
 

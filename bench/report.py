@@ -3,7 +3,7 @@
 
 Prints the tables; writes them as Markdown and the pictures under ``--out``, a folder for each file of results; and,
 where ``--readme`` is given, puts each column's tables between its markers there, ``<!-- bench:gru -->`` and
-``<!-- /bench:gru -->``.
+``<!-- /bench:gru -->``. Only whole runs go there: no quick ones, and none with rows that were not selected.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench import plots
-from bench.results import CEILING, Row, Run, Timing, load, percentile
+from bench.results import CEILING, Row, Run, Timing, load, percentile, three_digits
 
 OUT = Path("out/bench")
 BUSY = 0.03  # of the cores; above it, whoever waits for another thread may wait for a stranger
@@ -24,15 +24,17 @@ BUSY = 0.03  # of the cores; above it, whoever waits for another thread may wait
 
 
 def seconds(value: float) -> str:
-    """Three digits, in the unit that keeps them before or just behind the point."""
+    """In the unit that keeps the digits before or just behind the point."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value / 1e-9:.3g} ns"
+        number = three_digits(value / size)
+        if float(number) >= 1:
+            return f"{number} {unit}"
+    return f"{three_digits(value / 1e-9)} ns"
 
 
-def mebibytes(value: int) -> str:
-    return f"{value / 2**20:.3g} MiB"
+def size(value: int) -> str:
+    """Bytes in MiB, from 1024 of them on in GiB."""
+    return f"{three_digits(value / 2**30)} GiB" if value >= 2**30 else f"{three_digits(value / 2**20)} MiB"
 
 
 def time_cell(timing: Timing) -> str:
@@ -45,7 +47,7 @@ def rival_cell(row: Row, rival: str) -> str:
     if rival in row.timings:
         ratio = row.ratio(rival)
         slower = ", we are slower" if ratio < 1 else ""
-        return f"{time_cell(row.timings[rival])}: {ratio:.3g}x{slower}"
+        return f"{time_cell(row.timings[rival])}: {three_digits(ratio)}x{slower}"
     return row.absent.get(rival, "")
 
 
@@ -53,8 +55,8 @@ def memory_cell(row: Row) -> str:
     measured = {name: t.peak_bytes for name, t in row.timings.items() if t.peak_bytes is not None}
     if row.ours not in measured:
         return ""
-    others = [f"{name} {mebibytes(size)}" for name, size in measured.items() if name != row.ours]
-    return "; ".join([mebibytes(measured[row.ours]), *others])
+    others = [f"{name} {size(peak)}" for name, peak in measured.items() if name != row.ours]
+    return "; ".join([size(measured[row.ours]), *others])
 
 
 def table(run: Run, column: str, section: str) -> list[list[str]]:
@@ -129,7 +131,8 @@ def about(run: Run) -> list[str]:
 def summary(rows: Iterable[Row], not_run: int) -> str:
     verdicts = [r.verdict() for r in rows if r.targets]
     reached = sum(v == "reached" for v in verdicts)
-    return f"{reached} of {len(verdicts)} rows with a target reach it; {not_run} rows were not measured."
+    not_measured = "1 row was" if not_run == 1 else f"{not_run} rows were"
+    return f"{reached} of {len(verdicts)} rows with a target reach it; {not_measured} not measured."
 
 
 def notes(rows: Iterable[Row]) -> list[str]:
@@ -218,6 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         runs = [load(path) for path in options.results]
         print("\n\n".join(terminal(run) for run in runs))
+        for run in runs:
+            if options.readme is not None and not run.is_whole:
+                raise ValueError(f"{run.name} must not go into {options.readme}: it is quick, or a run of some rows")
         written = write(runs, options.out, options.readme)
     except (OSError, ValueError) as mistake:
         sys.exit(f"bench.report: {mistake}")

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+NOT_SELECTED = "not selected"  # the reason why a row that the command line left out was not run
 CEILING = "mm"  # the contestant that is a large matrix product: the matrix rate within reach
 
 
@@ -23,6 +25,11 @@ def percentile(values: list[float], percent: float) -> float:
     below = int(place)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def three_digits(value: float) -> str:
+    """Rounded to three digits, and without an exponent: 0.0123, 1.5, 1230."""
+    return f"{Decimal(f'{value:.3g}'):f}"
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Target:
     def __str__(self) -> str:
         if self.against == CEILING:
             return f"≥ {self.at_least:.2f} of {CEILING}"
-        return f"≥ {self.at_least:.3g}x {self.against}"
+        return f"≥ {three_digits(self.at_least)}x {self.against}"
 
 
 @dataclass(frozen=True)
@@ -105,9 +112,8 @@ class Row:
             if value is None:
                 missed.append(f"{target.against} not measured: {self.absent.get(target.against, 'it took no part')}")
             elif value < target.at_least:
-                missed.append(
-                    f"{value:.2f} of {CEILING}" if target.against == CEILING else f"{value:.3g}x {target.against}"
-                )
+                share = target.against == CEILING
+                missed.append(f"{value:.2f} of {CEILING}" if share else f"{three_digits(value)}x {target.against}")
         return "not reached: " + "; ".join(missed) if missed else "reached"
 
     def to_json(self) -> dict[str, Any]:
@@ -150,6 +156,11 @@ class Run:
     @property
     def columns(self) -> list[str]:
         return list(dict.fromkeys(column for column, _ in self.titles))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows were asked for, at full length."""
+        return not self.machine["quick"] and all(row.reason != NOT_SELECTED for row in self.not_run)
 
     def sections(self, column: str) -> list[str]:
         return [section for of, section in self.titles if of == column]

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from bench.harness import Contestant, Unavailable
-from dien_ops import functional, reference
+from dien_ops import functional, gru_weights, reference
 
 COMPILED_STEPS = 10
+PARAMETERS = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 
 
 @dataclass(frozen=True)
@@ -278,17 +279,14 @@ def import_deepctr_torch() -> ModuleType:
 
 
 def deepctr_torch(p: Recurrence) -> Contestant:
-    """DynamicGRU of deepctr-torch. Its update gate is 1 - z: our z rows, negated, are its weights."""
+    """DynamicGRU of deepctr-torch."""
     DynamicGRU = import_deepctr_torch().DynamicGRU
     q, t, read = one_copy_per_target(p, tensors(p))
-    H = p.hidden_size
-    sign = torch.ones(3 * H, 1, dtype=p.dtype)
-    sign[H : 2 * H] = -1
-    module = DynamicGRU(p.input_size, H, gru_type="AUGRU")
+    module = DynamicGRU(p.input_size, p.hidden_size, gru_type="AUGRU")
     # The released class registers b_hh as b_ih too; here each has its own, as its equations say.
-    for name, value in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), t.parameters, strict=True):
-        converted = (value.detach().view(3 * H, -1) * sign).view_as(value)
-        setattr(module.rnn, name, nn.Parameter(converted))
+    theirs = gru_weights.to_library("deepctr_torch", dict(zip(PARAMETERS, t.parameters, strict=True)))
+    for name, value in theirs.items():
+        setattr(module.rnn, name, nn.Parameter(value))
     batch_sizes = torch.full((p.steps,), q.batch)
 
     def packed(padded: Tensor) -> Tensor:  # [B, T, ...] to [T * B, ...]
@@ -298,7 +296,7 @@ def deepctr_torch(p: Recurrence) -> Contestant:
         return flat.unflatten(0, (p.steps, q.batch)).transpose(0, 1)
 
     x, a = packed(t.input), packed(t.attention)
-    parameters = [getattr(module.rnn, name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    parameters = [getattr(module.rnn, name) for name in theirs]
 
     def forward() -> Tensor:
         return module(PackedSequence(x, batch_sizes), PackedSequence(a, batch_sizes)).data
@@ -308,8 +306,9 @@ def deepctr_torch(p: Recurrence) -> Contestant:
         if not p.train:
             return read([padded(output)])
         grad_x, grad_a, *grad_parameters = grads
-        signed = [(g.view(3 * H, -1) * sign).view_as(g) for g in grad_parameters]
-        return [padded(output), padded(grad_x), padded(grad_a), *signed]
+        # The conversion exchanges rows and changes signs, for gradients as for weights.
+        ours = gru_weights.from_library("deepctr_torch", dict(zip(theirs, grad_parameters, strict=True)))
+        return [padded(output), padded(grad_x), padded(grad_a), *ours.values()]
 
     call = _compute(forward, [x, a, *parameters], packed(t.grad_output).detach(), p.train)
     return _contestant(p, call, converted_back)
@@ -354,11 +353,10 @@ def openvino_gru(p: Recurrence) -> Contestant:
         },
     )
     request = model.create_infer_request()
-    x_shared = t.input.numpy()  # the request does not keep it alive
+    x_shared = t.input.numpy()
     request.set_input_tensor(openvino.Tensor(x_shared, shared_memory=True))
 
-    def call() -> Tensor:  # [B, 1, T, H], the request's own memory
-        assert x_shared is not None
+    def call(_: Any = x_shared) -> Tensor:  # [B, 1, T, H], the request's own memory; _ keeps the input alive
         request.infer()
         return torch.from_numpy(request.get_output_tensor(0).data)
 

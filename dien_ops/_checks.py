@@ -40,9 +40,10 @@ def supported(name: str, value: Tensor, dtypes: Sequence[torch.dtype] = FULL_PRE
 
 def _not_dual(name: str, value: Tensor) -> None:
     """Forward-mode differentiation has no formulas here, and torch would take the derivative for zero."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if forward_ad._current_level < 0:
         return
-    if forward_ad.unpack_dual(value).tangent is not None:
+    # The compiler's tensors show no tangent.
+    if torch.compiler.is_compiling() or forward_ad.unpack_dual(value).tangent is not None:
         raise NotImplementedError(
             f"{name} has a forward-mode tangent (torch.func.jvp, torch.autograd.forward_ad), and dien_ops "
             f"differentiates in reverse mode only"

@@ -79,7 +79,7 @@ def _gru_backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None,
 def _backward_operator(*arguments: Any) -> Any:
     grad_output, grad_h_n, *tensors, output, gates, gate, reset_after, batch_first, reverse = arguments
     options = (gate, reset_after, batch_first, reverse)
-    if gates.dim() == 1:  # the forward ran without saving them, in an exported graph or under vmap: run it again
+    if gates.dim() == 1:  # the forward ran without saving them (exported, traced, under vmap): run it again
         _, _, gates = torch.ops.dien_ops.gru(*tensors, *options, True)
     return torch.ops.dien_ops.gru_backward(grad_output, grad_h_n, *tensors, output, gates, *options)
 
@@ -129,12 +129,13 @@ def _gru_vmap(gru: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...
     def unfolded(x: Tensor, axis: int) -> Any:
         return x.unflatten(axis, (info.batch_size, x.shape[axis] // info.batch_size))
 
-    # The gates are not one block per sequence, so they cannot be handed to one backward call each.
-    output, h_n, gates = gru(
+    output, h_n, _ = gru(
         folded(input, in_dims[0], axis), folded(attention, in_dims[1], axis), folded(hx, in_dims[2], 0), *weights,
         folded(lengths, in_dims[7], 0), gate, reset_after, batch_first, reverse, False,
     )  # fmt: skip
-    return (unfolded(output, axis), unfolded(h_n, 0), gates), (axis, 0, None)
+    # The gates are not one block per sequence, so they cannot be handed to one backward call each: none are, even where
+    # gru saved them for a derivative of its own.
+    return (unfolded(output, axis), unfolded(h_n, 0), output.new_empty(0)), (axis, 0, None)
 
 
 def _one_call_each(
@@ -150,16 +151,16 @@ def _one_call_each(
 
 
 def _through_function() -> bool:
-    """torch.func transforms an autograd.Function and not what register_autograd registers; with the compiler it is the
-    other way round."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """torch.func transforms an autograd.Function and not what register_autograd registers; with the compiler and with
+    torch.jit.trace it is the other way round."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def _differentiable_gru(*arguments: Any) -> Any:
-    """dien_ops::gru, which saves its gates where a gradient is wanted, but not in a graph that is exported."""
+    """dien_ops::gru, which saves its gates where a gradient is wanted, but not in an exported or traced graph."""
     *others, save_gates = arguments
     wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in others)
-    save_gates |= wanted and not torch.compiler.is_exporting()
+    save_gates |= wanted and not torch.compiler.is_exporting() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     return (_GRU.apply if _through_function() else torch.ops.dien_ops.gru)(*others, save_gates)
 
 
@@ -190,7 +191,6 @@ class _GRUBackward(torch.autograd.Function):
 torch.library.register_autograd("dien_ops::gru", _gru_backward, setup_context=_save_for_gru_backward)
 torch.library.register_autograd("dien_ops::gru_backward", _gru_double_backward, setup_context=_save_for_double_backward)
 torch.library.register_vmap("dien_ops::gru", partial(_gru_vmap, torch.ops.dien_ops.gru))
-torch.library.register_vmap("dien_ops::gru_backward", partial(_one_call_each, _backward_operator))
 
 # --------------------------------------------------------------------------------------------------------- functional
 
@@ -217,6 +217,9 @@ def _run(
     """Checks what all cells share and calls the operator; under autocast as nn.GRU on the CPU: the products take
     autocast's dtype, the results that of the state, which is promoted to the other."""
     _checks.tensor("input", input)
+    _checks.boolean("reset_after", reset_after)
+    _checks.boolean("batch_first", batch_first)
+    _checks.boolean("reverse", reverse)
     kept = None
     if autocast_enabled(input):
         dtype = torch.get_autocast_dtype(input.device.type)

@@ -7,7 +7,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, overload
+from typing import Any, SupportsIndex, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,16 @@ class _Recurrent(nn.Module):
         names = (f"weight_ih_{suffix}", f"weight_hh_{suffix}", f"bias_ih_{suffix}", f"bias_hh_{suffix}")
         return [getattr(self, name) if self.bias or name.startswith("weight") else None for name in names]
 
-    def _check_features(self, input: Tensor) -> None:
+    def _check_input(self, input: Tensor) -> None:
+        """Its features and its dtype against the parameters'."""
+        parameter = next(self.parameters(), None)  # None where code has put plain tensors in the parameters' places
+        if parameter is not None and input.dtype != parameter.dtype and not autocast_enabled(input):
+            convertible = input.dtype in _checks.ANY_PRECISION
+            raise ValueError(
+                f"input must have the dtype of the parameters: expected {parameter.dtype}, got {input.dtype}; convert "
+                f"it with input.to({parameter.dtype})"
+                + (f", or the module with .to({input.dtype})" if convertible else "")
+            )
         if input.shape[-1] != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.shape[-1]}"
@@ -95,11 +104,18 @@ class GRU(_Recurrent):
     it makes one call for each. ``torch.func.grad`` and ``vmap(grad)`` work, the latter with one backward call for each
     sample; ``torch.compile`` does not compile ``torch.func.grad`` of this module.
 
-    An exported graph saves nothing for backward, whether gradients are enabled or not. It can be trained all the same:
-    backward then runs the forward once more.
+    An exported graph (``torch.export``, ``torch.jit.trace``) saves nothing for backward, whether gradients are enabled
+    or not. It can be trained all the same: backward then runs the forward once more.
 
-    Differences from nn.GRU: derivatives are taken in reverse mode only (no ``torch.func.jvp``); an output that backward
-    still needs must not be changed in place; hx must have as many rows as a packed batch; there is no proj_size.
+    Differences from nn.GRU:
+
+    * ``isinstance(module, nn.GRU)`` is False: loops that look for it, to initialise or to quantize
+      (``quantize_dynamic``), pass this module by. :meth:`from_torch` and :meth:`to_torch` convert.
+    * Derivatives are taken in reverse mode only: no ``torch.func.jvp``. No ``torch.jit.script``.
+    * An output that backward still needs must not be changed in place.
+    * hx must have as many rows as a packed batch. A sequence of no steps (T = 0) is allowed.
+    * There are no proj_size and mode, and none of nn.GRU's undocumented members: ``_flat_weights``,
+      ``check_forward_args``, ``permute_hidden``.
 
     Raises:
         TypeError: input or hx is no Tensor.
@@ -130,10 +146,12 @@ class GRU(_Recurrent):
         _checks.size("hidden_size", hidden_size)
         _checks.boolean("bias", bias)
         _checks.boolean("batch_first", batch_first)
+        if not isinstance(num_layers, SupportsIndex):
+            raise TypeError(f"num_layers must be an int, got {type(num_layers).__name__}")
         if num_layers <= 0:
             raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
-        if dropout is None:
-            raise TypeError("dropout must be a number, got NoneType")
+        if dropout is None or isinstance(dropout, complex):
+            raise TypeError(f"dropout must be a real number, got {type(dropout).__name__}")
         if not isinstance(dropout, numbers.Number) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
             raise ValueError(
                 f"dropout must be a number in 0..1, the probability of dropping an output, got {dropout!r}"
@@ -166,6 +184,7 @@ class GRU(_Recurrent):
 
         Raises:
             TypeError: rnn is no torch.nn.GRU, or a subclass of it, which may compute something else.
+            ValueError: a weight of it is parametrized.
 
         Example:
             >>> fast = dien_ops.GRU.from_torch(torch.nn.GRU(36, 36, num_layers=2, batch_first=True))
@@ -175,9 +194,13 @@ class GRU(_Recurrent):
     def to_torch(self) -> nn.GRU:
         """A copy as a torch.nn.GRU, the inverse of :meth:`from_torch`.
 
+        Raises:
+            ValueError: a weight is parametrized.
+
         Example:
             >>> rnn = dien_ops.GRU(36, 36).to_torch()  # for torch.onnx, or where dien_ops is not installed
         """
+        gru_weights.check_plain("the GRU", self)
         return gru_weights.copied(nn.GRU, self, _OPTIONS)
 
     @property
@@ -242,7 +265,7 @@ class GRU(_Recurrent):
                 return F.dropout(x, self.dropout)
             return F.dropout(x.transpose(0, 1).contiguous(), self.dropout).transpose(0, 1)
 
-        self._check_features(input)
+        self._check_input(input)
         self._check_hx(input, hx, input.shape[0 if batch_first else 1])
         return self._run_layers(input, hx, lengths, batch_first, dropped)
 
@@ -250,7 +273,7 @@ class GRU(_Recurrent):
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-        self._check_features(data)
+        self._check_input(data)
         self._check_hx(data, hx, int(batch_sizes[0]))
 
         def padded(data: Tensor) -> Tensor:  # the rows stay as they are packed, the longest first
@@ -329,6 +352,7 @@ class _AttentionalGRU(_Recurrent):
         _checks.size("hidden_size", hidden_size)
         _checks.boolean("bias", bias)
         _checks.boolean("batch_first", batch_first)
+        _checks.boolean("reset_after", reset_after)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
@@ -348,8 +372,9 @@ class _AttentionalGRU(_Recurrent):
             options: the constructor's keyword-only arguments: ``gate`` of an AUGRU.
 
         Raises:
-            TypeError: rnn is no torch.nn.GRU, or a subclass of it, which may compute something else.
-            ValueError: rnn has several layers or both directions.
+            TypeError: rnn is no torch.nn.GRU, or a subclass of it, which may compute something else; an option is one
+                that is copied.
+            ValueError: rnn has several layers or both directions, or a weight of it is parametrized.
 
         Example:
             >>> augru = dien_ops.AUGRU.from_torch(torch.nn.GRU(36, 36, batch_first=True), gate="authors")
@@ -360,7 +385,10 @@ class _AttentionalGRU(_Recurrent):
                 f"rnn must have one layer and one direction, got num_layers={rnn.num_layers}, "
                 f"bidirectional={rnn.bidirectional}"
             )
-        return gru_weights.copied(cls, rnn, ("input_size", "hidden_size", "bias", "batch_first"), **options)
+        same = ("input_size", "hidden_size", "bias", "batch_first")
+        for name in options.keys() & {*same, "device", "dtype"}:
+            raise TypeError(f"{name} must not be given: it is copied from rnn")
+        return gru_weights.copied(cls, rnn, same, **options)
 
     @classmethod
     def from_library(
@@ -404,7 +432,7 @@ class _AttentionalGRU(_Recurrent):
         """A copy of the weights by the library's names in its layout, the inverse of :meth:`from_library`.
 
         Raises:
-            ValueError: an unknown library, or one whose cell computes something else.
+            ValueError: an unknown library, or one whose cell computes something else; a weight is parametrized.
 
         Example:
             >>> cell = dien_ops.AUGRU(36, 36, reset_after=False, gate="authors")
@@ -419,6 +447,7 @@ class _AttentionalGRU(_Recurrent):
                     f"{library} computes {name}={theirs[name]!r}, this {type(self).__name__} has "
                     f"{name}={getattr(self, name)!r}, and no weights turn one into the other"
                 )
+        gru_weights.check_plain("the cell", self)
         return gru_weights.to_library(library, self.state_dict())
 
     def extra_repr(self) -> str:
@@ -434,7 +463,7 @@ class _AttentionalGRU(_Recurrent):
         _checks.tensor("attention", attention)
         _checks.rank("input", input, 3)
         _checks.rank("attention", attention, 2, 3)
-        self._check_features(input)
+        self._check_input(input)
         if hx is not None:
             _checks.tensor("hx", hx)
             batch = input.shape[0 if self.batch_first else 1]

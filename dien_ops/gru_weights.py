@@ -21,6 +21,9 @@ library            cells                                                   gates
 "openvino"         GRUCell, AUGRUCell; of a sequence W[0], R[0], B[0]      z, r, n  before 1       authors
 =================  ======================================================  =======  =====  ======  =======
 
+An AIGRU is the library's GRU over a x. oneDNN and OpenVINO have no AGRU; :class:`AGRU` takes their GRU's weights, and
+places the reset gate as they do. FuxiCTR's ``DynamicGRU(gru_type="AGRU")`` builds its AUGRUCell: load it as an AUGRU.
+
 Where a gate has one bias it becomes ``bias_ih``, and ``bias_hh`` is 0; on the way back the two are added. The second 1
 of "onednn_lbr" is the candidate's bias inside of the reset gate's product.
 
@@ -31,13 +34,15 @@ An AUGRU whose biases differ does not fit into that cell.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dien_ops import _checks
 
@@ -161,7 +166,8 @@ def _named(layout: Layout, weights: object, prefix: str) -> dict[str, object]:
     """The entries of weights that the layout names. Those below a name, a TensorFlow optimizer's, are passed over."""
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights must be a mapping of names to tensors (a state_dict), got {type(weights).__name__}")
-    found = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    named = {name.removesuffix(":0"): value for name, value in weights.items()}  # a TensorFlow variable's own name
+    found = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
     below = tuple(f"{name}/" for name in layout.shapes)
     found = {name: value for name, value in found.items() if not name.startswith(below)}
     required = [name for name in layout.shapes if name not in layout.optional]
@@ -211,7 +217,8 @@ def from_library(library: str, weights: Mapping[str, Any], prefix: str = "") -> 
 
     They give the library's results only with its place of the reset gate, and an AUGRU's only with its gate:
     ``LAYOUTS[library].augru``. The modules' ``from_library`` sees to that. :class:`GRU` resets after the product, so a
-    GRU that resets before it ("tensorflow", "onednn", "openvino") runs in ``functional.gru(..., reset_after=False)``.
+    GRU that resets before it ("tensorflow", "onednn", "openvino"; the first layer of a TensorFlow DIEN is one) runs in
+    ``functional.gru(..., reset_after=False)``.
 
     Args:
         library: one of the names in :data:`LAYOUTS`.
@@ -263,12 +270,24 @@ def to_library(library: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def torch_gru(rnn: object) -> nn.GRU:
-    """rnn, if it is a torch.nn.GRU and no subclass, which may compute something else."""
-    if type(rnn) is not nn.GRU:
+def check_plain(name: str, module: nn.Module) -> None:
+    """Its weights are parameters, and nothing computes them from others (torch.nn.utils.parametrize, prune)."""
+    other = [key for key in module.state_dict() if not re.fullmatch(r"(weight|bias)_(ih|hh)_l\d+(_reverse)?", key)]
+    if other:
+        raise ValueError(
+            f"{name} must have plain parameters, got {', '.join(other)}: remove the parametrizations first, with "
+            f"remove_parametrizations of torch.nn.utils.parametrize or remove of torch.nn.utils.prune"
+        )
+
+
+def torch_gru(rnn: Any) -> nn.GRU:
+    """rnn, if it is a torch.nn.GRU with plain parameters and no subclass, which may compute something else."""
+    cls = parametrize.type_before_parametrizations(rnn)
+    if cls is not nn.GRU:
         kind = "its subclass " if isinstance(rnn, nn.GRU) else ""
-        raise TypeError(f"rnn must be a torch.nn.GRU, got {kind}{type(rnn).__name__}")
-    return rnn
+        raise TypeError(f"rnn must be a torch.nn.GRU, got {kind}{cls.__module__}.{cls.__name__}")
+    check_plain("rnn", rnn)
+    return cast(nn.GRU, rnn)
 
 
 def copied(cls: Callable[..., _Module], source: nn.Module, same: Sequence[str], **options: Any) -> _Module:

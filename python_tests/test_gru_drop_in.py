@@ -7,6 +7,7 @@ import copy
 import inspect
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dien_ops
 from dien_ops import functional, reference
@@ -257,6 +259,13 @@ def test_functional_call_uses_the_parameters_it_is_given():
     assert_close(*found)
 
 
+def test_what_the_docstring_says_is_missing_is_missing():
+    gru = dien_ops.GRU(3, 5)
+    assert not isinstance(gru, nn.GRU)
+    for name in ("proj_size", "mode", "_flat_weights", "check_forward_args", "permute_hidden"):
+        assert hasattr(nn.GRU(3, 5), name) and not hasattr(gru, name), name
+
+
 def test_hooks_see_inputs_and_outputs():
     seen = []
     gru = dien_ops.GRU(3, 5)
@@ -343,6 +352,14 @@ def test_torch_func_takes_second_derivatives():
     assert_close([actual], [expected])
 
 
+def test_forward_mode_is_refused_under_the_compiler_too():
+    gru, x = dien_ops.GRU(3, 5, dtype=D), torch.randn(4, 2, 3, dtype=D)
+    compiled = torch.compile(lambda x: torch.func.jvp(lambda x: gru(x)[0], (x,), (x,)), backend="eager")
+    with pytest.raises(NotImplementedError, match="forward-mode tangent"):
+        compiled(x)
+    torch.compiler.reset()  # the compiler gave up and has compiled the functions called on the way one by one
+
+
 def test_vmap_of_grad_gives_the_gradients_of_each_sample():
     _, ours = twins(3, 5, **DEEP)
     parameters = {name: p.detach() for name, p in ours.named_parameters()}
@@ -351,6 +368,20 @@ def test_vmap_of_grad_gives_the_gradients_of_each_sample():
     alone = [torch.func.grad(loss(ours))(parameters, x) for x in samples]
     for name in parameters:
         assert_close([each[name]], [torch.stack([a[name] for a in alone])])
+
+
+def test_second_derivatives_go_through_vmap_of_grad():
+    _, ours = twins(3, 5)
+    parameters = {name: p.detach().requires_grad_() for name, p in ours.named_parameters()}
+    samples, grad = leaf(6, 4, 2, 3), torch.func.grad(loss(ours), argnums=(0, 1))
+    found = []
+    for grads in (
+        torch.func.vmap(grad, in_dims=(None, 0))(parameters, samples),
+        [grad(parameters, x) for x in samples],
+    ):
+        total = sum(g.square().sum() for g in torch.utils._pytree.tree_leaves(grads))
+        found.append(torch.autograd.grad(total, [samples, *parameters.values()]))
+    assert_close(*found)
 
 
 def test_vmap_runs_an_ensemble_of_modules():
@@ -370,6 +401,36 @@ def test_a_module_under_vmap_is_trained_by_backward():
         output = run(x)
         found.append([output, *torch.autograd.grad(output.square().sum(), list(gru.parameters()))])
     assert_close(*found)
+
+
+class Calls(TorchDispatchMode):
+    """The operators of dien_ops that run, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "dien_ops":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_vmap_over_the_input_is_one_call(grad):
+    gru, x = dien_ops.GRU(3, 5), torch.randn(6, 4, 2, 3)
+    with torch.set_grad_enabled(grad), Calls() as calls:
+        torch.vmap(lambda x: gru(x)[0])(x)
+    assert calls.names == ["dien_ops::gru"]
+
+
+def test_gradients_are_taken_for_a_batch_of_output_gradients():
+    gru, x = dien_ops.GRU(3, 5, dtype=D), leaf(4, 2, 3)
+    inputs, output = [x, *gru.parameters()], gru(x)[0]
+    grads = torch.randn(3, *output.shape, dtype=D)
+    together = torch.autograd.grad(output, inputs, grads, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(output, inputs, grad, retain_graph=True) for grad in grads]
+    assert_close(together, [torch.stack(same) for same in zip(*each, strict=True)])
 
 
 MAPPED = ["input", "attention", "hx", "weight_hh", "bias_ih", "lengths"]
@@ -579,7 +640,7 @@ def test_wrong_shapes_are_reported_in_nn_grus_words(call):
     [
         {"input_size": 0}, {"input_size": "3"}, {"hidden_size": 0}, {"hidden_size": 5.0},
         {"num_layers": 0}, {"num_layers": 1.5}, {"num_layers": "2"}, {"dropout": 1.5}, {"dropout": -0.1},
-        {"dropout": True}, {"dropout": "a"}, {"dropout": None}, {"bias": 1}, {"bias": None}, {"batch_first": 1},
+        {"dropout": True}, {"dropout": "a"}, {"dropout": None}, {"dropout": 1j}, {"bias": 1}, {"bias": None}, {"batch_first": 1},
         {"batch_first": "x"}, {"device": "nowhere"}, {"dtype": torch.int64}, {"dtype": "float"}, {"unknown": 1},
     ],
     ids=str,
@@ -593,6 +654,21 @@ def test_constructor_mistakes_raise_nn_grus_exception_types(arguments):
             dien_ops.GRU(**arguments)
     else:
         pytest.skip(f"nn.GRU of torch {torch.__version__} accepts this")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_layers": "2"}, "num_layers must be an int, got str"),
+        ({"num_layers": 1.5}, "num_layers must be an int, got float"),
+        ({"dropout": 1j}, "dropout must be a real number, got complex"),
+        ({"dropout": None}, "dropout must be a real number, got NoneType"),
+    ],
+    ids=str,
+)
+def test_constructor_mistakes_are_named(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        dien_ops.GRU(3, 5, **arguments)
 
 
 def test_proj_size_is_refused_as_nn_gru_refuses_it():
@@ -712,6 +788,22 @@ def test_an_exported_graph_saves_nothing_for_backward_and_can_still_be_trained(s
     assert_close(*found, 0.0)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the checks of sizes become constants
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
+def test_a_traced_module_is_saved_loaded_and_trained_with_other_sizes():
+    module, inputs = evolution_and_inputs(3, 4)
+    traced, file = torch.jit.trace(module, inputs), io.BytesIO()  # which compares two traces and their results
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    _, inputs = evolution_and_inputs(5, 9)
+    found = []
+    for run in (loaded, module):
+        h_n = run(*inputs)
+        found.append([h_n, *torch.autograd.grad(h_n.square().sum(), list(run.parameters()))])
+    assert_close(*found, 0.0)
+
+
 def test_an_aot_inductor_package_runs_in_a_process_of_its_own(tmp_path):
     module, inputs = evolution_and_inputs(5, 9)
     with torch.no_grad():
@@ -724,6 +816,6 @@ def test_an_aot_inductor_package_runs_in_a_process_of_its_own(tmp_path):
         "inputs, expected = torch.load('expected.pt')\n"
         "print(torch.equal(run(*inputs), expected))\n",
         cwd=str(tmp_path),
-        PYTHONPATH=str(next(iter(dien_ops.__path__)).removesuffix("dien_ops")),
+        PYTHONPATH=str(Path(dien_ops.__file__).parents[1]),
     )
     assert done.stdout.strip() == "True", done.stderr

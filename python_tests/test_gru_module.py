@@ -54,6 +54,38 @@ def test_repr_says_what_is_not_the_default():
     assert repr(cell) == "AUGRU(3, 5, batch_first=True, gate='authors')"
 
 
+@pytest.mark.parametrize("option", ["reset_after", "batch_first"])
+def test_options_are_booleans(option):
+    for value, came in ((None, "NoneType"), ("False", "str"), (0, "int")):
+        with pytest.raises(TypeError, match=f"{option} must be a bool, got {came}"):
+            dien_ops.AUGRU(3, 5, **{option: value})
+        with pytest.raises(TypeError, match=f"{option} must be a bool, got {came}"):
+            dien_ops.functional.gru(torch.zeros(2, 2, 3), *nn.GRU(3, 5).parameters(), **{option: value})
+
+
+@pytest.mark.parametrize("hx", [True, False], ids=["hx", "no_hx"])
+@pytest.mark.parametrize(
+    ("given", "way_out"),
+    [
+        (D, r"; convert it with input.to\(torch.float32\), or the module with .to\(torch.float64\)$"),
+        (torch.int64, r"; convert it with input.to\(torch.float32\)$"),
+    ],
+    ids=str,
+)
+def test_an_input_of_another_dtype_than_the_parameters_is_told_so(given, way_out, hx):
+    x, a = torch.zeros(4, 2, 3).to(given), torch.zeros(4, 2)
+    lengths = torch.tensor([4, 2])
+    state = [torch.zeros(1, 2, 5)] if hx else []
+    message = f"^input must have the dtype of the parameters: expected torch.float32, got {given}{way_out}"
+    for call in (
+        lambda: dien_ops.GRU(3, 5)(x, *state),
+        lambda: dien_ops.GRU(3, 5)(nn.utils.rnn.pack_padded_sequence(x, lengths), *state),
+        lambda: dien_ops.AUGRU(3, 5)(x, a, *state),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_cells_name_bad_input():
     cell = dien_ops.AUGRU(3, 5, batch_first=True)
     x, a = torch.zeros(2, 6, 3), torch.zeros(2, 6)

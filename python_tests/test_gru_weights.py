@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import dien_ops
 from dien_ops import gru_weights
@@ -236,6 +237,13 @@ def test_a_prefix_picks_one_cell_out_of_a_checkpoint():
     assert all(torch.equal(a, b) for a, b in zip(cell.parameters(), plain.parameters(), strict=True))
 
 
+def test_variables_may_have_the_names_that_tensorflow_gives_them():
+    arrays = weights("tensorflow")
+    cell = dien_ops.AUGRU.from_library("tensorflow", {f"gru2/{k}:0": v for k, v in arrays.items()}, prefix="gru2/")
+    plain = dien_ops.AUGRU.from_library("tensorflow", arrays)
+    assert all(torch.equal(a, b) for a, b in zip(cell.parameters(), plain.parameters(), strict=True))
+
+
 def test_conversion_draws_no_random_numbers():
     theirs = nn.GRU(IN, H)
     before = torch.get_rng_state()
@@ -358,7 +366,39 @@ def test_from_torch_takes_nn_gru_itself(convert):
     class LayerNormGRU(nn.GRU):
         pass
 
-    with pytest.raises(TypeError, match=r"rnn must be a torch.nn.GRU, got its subclass LayerNormGRU"):
+    with pytest.raises(TypeError, match=r"rnn must be a torch.nn.GRU, got its subclass test_gru_weights.LayerNormGRU"):
         convert(LayerNormGRU(IN, H))
-    with pytest.raises(TypeError, match=r"rnn must be a torch.nn.GRU, got LSTM"):
+    with pytest.raises(TypeError, match=r"rnn must be a torch.nn.GRU, got torch.nn.modules.rnn.LSTM"):
         convert(nn.LSTM(IN, H))
+    with pytest.raises(TypeError, match=r"rnn must be a torch.nn.GRU, got dien_ops.gru_modules.GRU"):
+        convert(dien_ops.GRU(IN, H))
+
+
+def weight_norm_of(module: nn.Module) -> nn.Module:
+    return parametrizations.weight_norm(module, "weight_hh_l0")
+
+
+def pruned(module: nn.Module) -> nn.Module:
+    return prune.identity(module, "weight_hh_l0")
+
+
+@pytest.mark.parametrize("change", [weight_norm_of, pruned])
+@pytest.mark.parametrize(
+    ("convert", "name"),
+    [
+        (lambda change: dien_ops.GRU.from_torch(change(nn.GRU(IN, H))), "rnn"),
+        (lambda change: dien_ops.AUGRU.from_torch(change(nn.GRU(IN, H))), "rnn"),
+        (lambda change: change(dien_ops.GRU(IN, H)).to_torch(), "the GRU"),
+        (lambda change: change(dien_ops.AUGRU(IN, H)).to_library("fuxictr"), "the cell"),
+    ],
+    ids=["GRU.from_torch", "AUGRU.from_torch", "to_torch", "to_library"],
+)
+def test_parametrizations_must_be_removed_before_a_conversion(change, convert, name):
+    with pytest.raises(ValueError, match=f"{name} must have plain parameters, got .*weight_hh_l0.*: remove the param"):
+        convert(change)
+
+
+@pytest.mark.parametrize("option", [{"batch_first": True}, {"dtype": D}, {"hidden_size": H}], ids=str)
+def test_what_a_cell_copies_from_torch_is_no_option(option):
+    with pytest.raises(TypeError, match=f"{next(iter(option))} must not be given: it is copied from rnn"):
+        dien_ops.AUGRU.from_torch(nn.GRU(IN, H), **option)
