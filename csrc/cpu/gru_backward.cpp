@@ -256,6 +256,12 @@ class GroupSweep {
         const S* const before = s > 0 ? row.output + (s - 1) * strides_.output : row.hx;
         const S* const grad_output = row.grad_output != nullptr ? row.grad_output + s * strides_.output : nullptr;
         T *const result = grads(entry), *const dh_row = dh_ + i * H_, *const h_row = h(entry);
+        if (s > 0) {  // what the step before takes
+            prefetch(gates - strides_.gates, p_.gates_size());
+            prefetch(row.input + (s - 1) * strides_.input, I_);
+            if (grad_output != nullptr) prefetch(grad_output - strides_.output, H_);
+            if (s > 1) prefetch(before - strides_.output, H_);
+        }
         const T score = row.attention != nullptr ? load_one(row.attention + s * strides_.attention) : T(1);
         const Vec<T> a(score), one(T(1));
         Vec<T> da_lanes;

@@ -114,6 +114,7 @@ class Tile {
             const Row<S>& row = rows_[i];
             scores_[i] = row.attention != nullptr ? load_one(row.attention + s * strides_.attention) : T(1);
             const Vec<T> scale(input_scale(i));
+            if (s + 1 < row.length) prefetch(row.input + (s + 1) * strides_.input, I_);
             for_vectors<T>(I_, [&](int64_t j, int64_t lanes) {
                 (scale * load<T>(row.input + s * strides_.input + j, lanes)).store(now + i * depth_ + j, lanes);
             });

@@ -55,6 +55,14 @@ void copy_or_zero(const From* source, int64_t n, To* destination) {
     }
 }
 
+// Asks for n elements to be brought into the cache. The rows of a tile lie far apart, each but a few lines further on at every
+// step: too many streams for the processor to foresee.
+template <typename S>
+void prefetch(const S* p, int64_t n) {
+    constexpr int64_t kLine = 64 / sizeof(S);
+    for (int64_t j = 0; j < n; j += kLine) __builtin_prefetch(p + j);
+}
+
 // The distance of two rows of n elements in a buffer: an odd number of cache lines, so that rows which lie a power of two
 // apart do not fall into the same few sets of the cache.
 template <typename T>
