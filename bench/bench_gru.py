@@ -114,7 +114,7 @@ def test_gru_padding(bench, p, train):
 def test_gru_threads(bench, p, train):
     """GRU, one core and two."""
     if machine.cores() < 2 or torch.get_num_threads() < 2:
-        raise Unavailable("this session has one thread")
+        raise Unavailable("this process has one thread")
     one, two = "dien_ops, 1 thread", "dien_ops, 2 threads"
     bench.measure(
         replace(p, train=train),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One session of benchmarks: ``python -m pytest bench/bench_<column>.py --benchmark-json FILE``.
+"""One run of benchmarks: ``python -m pytest bench/bench_<column>.py --benchmark-json FILE``.
 
 A bench file holds one test per section; its docstring's first line is the section's title, and a parameter's id names
 the row. Rows that are marked ``long`` are left out of a ``--quick`` run.
