@@ -7,7 +7,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, SupportsIndex, TypeVar, overload
+from typing import Any, ClassVar, SupportsIndex, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,12 @@ class _Recurrent(nn.Module):
     hidden_size: int
     bias: bool
     batch_first: bool
+    _defaults: ClassVar[dict[str, Any]]  # the constructor's other options; repr shows those that differ
+
+    def extra_repr(self) -> str:
+        options = [f"{self.input_size}, {self.hidden_size}"]
+        options += [f"{k}={getattr(self, k)!r}" for k, default in self._defaults.items() if getattr(self, k) != default]
+        return ", ".join(options)
 
     def reset_parameters(self) -> None:
         """As nn.GRU: all parameters uniform in -1/sqrt(H)..1/sqrt(H), in the order of nn.GRU's parameters."""
@@ -66,9 +72,6 @@ class _Recurrent(nn.Module):
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.shape[-1]}"
             )
-
-
-_OPTIONS = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
 
 
 class GRU(_Recurrent):
@@ -128,6 +131,14 @@ class GRU(_Recurrent):
         <All keys matched successfully>
         >>> output, h_n = rnn(torch.randn(8, 50, 36), lengths=torch.randint(0, 51, (8,)))
     """
+
+    _defaults: ClassVar[dict[str, Any]] = {
+        "num_layers": 1,
+        "bias": True,
+        "batch_first": False,
+        "dropout": 0.0,
+        "bidirectional": False,
+    }
 
     def __init__(
         self,
@@ -189,7 +200,7 @@ class GRU(_Recurrent):
         Example:
             >>> fast = dien_ops.GRU.from_torch(torch.nn.GRU(36, 36, num_layers=2, batch_first=True))
         """
-        return gru_weights.copied(cls, gru_weights.torch_gru(rnn), _OPTIONS)
+        return gru_weights.copied(cls, gru_weights.torch_gru(rnn), ("input_size", "hidden_size", *cls._defaults))
 
     def to_torch(self) -> nn.GRU:
         """A copy as a torch.nn.GRU, the inverse of :meth:`from_torch`.
@@ -201,7 +212,7 @@ class GRU(_Recurrent):
             >>> rnn = dien_ops.GRU(36, 36).to_torch()  # for torch.onnx, or where dien_ops is not installed
         """
         gru_weights.check_plain("the GRU", self)
-        return gru_weights.copied(nn.GRU, self, _OPTIONS)
+        return gru_weights.copied(nn.GRU, self, ("input_size", "hidden_size", *self._defaults))
 
     @property
     def _directions(self) -> tuple[str, ...]:
@@ -215,14 +226,6 @@ class GRU(_Recurrent):
             for layer in range(self.num_layers)
             for suffix in self._directions
         ]
-
-    def extra_repr(self) -> str:
-        options = [f"{self.input_size}, {self.hidden_size}"]
-        defaults = {
-            "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False,
-        }  # fmt: skip
-        options += [f"{k}={getattr(self, k)}" for k, default in defaults.items() if getattr(self, k) != default]
-        return ", ".join(options)
 
     @overload
     def forward(
@@ -334,6 +337,7 @@ class _AttentionalGRU(_Recurrent):
     """One layer of attentional_gru with nn.GRU's parameters."""
 
     gate: str
+    _defaults: ClassVar[dict[str, Any]] = {"bias": True, "batch_first": False, "reset_after": True}
     _set_by_library: tuple[str, ...] = ("reset_after",)  # arguments that say which function of the weights is computed
 
     def __init__(
@@ -450,12 +454,6 @@ class _AttentionalGRU(_Recurrent):
         gru_weights.check_plain("the cell", self)
         return gru_weights.to_library(library, self.state_dict())
 
-    def extra_repr(self) -> str:
-        options = [f"{self.input_size}, {self.hidden_size}"]
-        defaults = {"bias": True, "batch_first": False, "reset_after": True}
-        options += [f"{k}={getattr(self, k)}" for k, default in defaults.items() if getattr(self, k) != default]
-        return ", ".join(options)
-
     def forward(
         self, input: Tensor, attention: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -541,6 +539,7 @@ class AUGRU(_AttentionalGRU):
         torch.Size([1, 1, 200, 36])
     """
 
+    _defaults: ClassVar[dict[str, Any]] = _AttentionalGRU._defaults | {"gate": "paper"}
     _set_by_library = ("reset_after", "gate")
 
     def __init__(
@@ -568,6 +567,3 @@ class AUGRU(_AttentionalGRU):
                 "differ"
             )
         return weights
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (f", gate={self.gate!r}" if self.gate != "paper" else "")

@@ -169,7 +169,7 @@ def check_all_cells() -> None:
 def check_all_partial_vectors() -> None:
     for hidden in range(17, 33):
         case = Case("authors", batch=9, hidden=hidden, features=hidden, dtype=torch.float32)
-        assert_close(case.results(functional), case.results(reference), 1e-5)
+        assert_close(case.results(functional), case.results(reference), 2e-6)  # seen: 6e-7; a lost lane is off by 1
 
 
 def check_all_16_bit_numbers() -> None:

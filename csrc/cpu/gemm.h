@@ -66,23 +66,30 @@ void for_row_tiles(int64_t m, int64_t M, F&& f) {
     }
 }
 
+// sums[kRows][kVectors] += A[kRows, K] B[K, kVectors vectors], a row of B standing ldb elements after the one before.
+template <int64_t kRows, int64_t kVectors, typename T>
+[[gnu::always_inline]] inline void add_register_products(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K,
+                                                         Vec<T> (&sums)[kRows][kVectors]) {
+    for (int64_t k = 0; k < K; ++k, b += ldb) {
+        Vec<T> row[kVectors];
+#pragma GCC unroll 3
+        for (int64_t v = 0; v < kVectors; ++v) row[v] = Vec<T>::load(b + v * Vec<T>::kSize);
+#pragma GCC unroll 8
+        for (int64_t m = 0; m < kRows; ++m) {
+            const Vec<T> a_mk(a[m * lda + k]);
+#pragma GCC unroll 3
+            for (int64_t v = 0; v < kVectors; ++v) sums[m][v] += a_mk * row[v];
+        }
+    }
+}
+
 // One register tile: C[kRows, width] (+)= A B, width <= kVectors vectors.
 template <int64_t kRows, int64_t kVectors, typename T>
 void multiply_tile(const T* a, int64_t lda, const T* panel, int64_t K, const T* bias, bool accumulate, T* c, int64_t ldc,
                    int64_t width) {
     constexpr int64_t kSize = Vec<T>::kSize;
     Vec<T> sums[kRows][kVectors];
-    for (int64_t k = 0; k < K; ++k) {
-        Vec<T> b[kVectors];
-#pragma GCC unroll 3
-        for (int64_t v = 0; v < kVectors; ++v) b[v] = Vec<T>::load(panel + k * kPanelWidth<T> + v * kSize);
-#pragma GCC unroll 8
-        for (int64_t m = 0; m < kRows; ++m) {
-            const Vec<T> a_mk(a[m * lda + k]);
-#pragma GCC unroll 3
-            for (int64_t v = 0; v < kVectors; ++v) sums[m][v] += a_mk * b[v];
-        }
-    }
+    add_register_products(a, lda, panel, kPanelWidth<T>, K, sums);
     for (int64_t v = 0; v < kVectors; ++v) {
         const int64_t lanes = lanes_of<T>(v, width);
         const Vec<T> start = bias != nullptr ? Vec<T>::load(bias + v * kSize, lanes) : Vec<T>();

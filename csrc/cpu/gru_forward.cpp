@@ -51,7 +51,6 @@ struct Row {
     S* gates;  // or null
 };
 
-template <typename S>
 struct Strides {
     int64_t input, attention, projected, output, gates;
 };
@@ -181,8 +180,9 @@ class Tile {
             }
         }
         if (!p_.reset_after) {
-            for (int64_t i = 0; i < kRows; ++i)
+            for (int64_t i = 0; i < kRows; ++i) {
                 keep_gates<kWidth>(m + i, first, units, products + i * kStride, state(now, m + i));
+            }
             return;
         }
         with_gate(p_.gate, [&](auto gate) {
@@ -197,13 +197,8 @@ class Tile {
     void finish(int64_t i, int64_t s, int64_t first, int64_t units, const T* gates, const T* h, T* new_h) {
         const auto group = [&](int64_t g) { return Vec<T>::load(gates + g * kWidth, units); };
         const Vec<T> r = group(0), z = group(1), u_n = group(3), n = tanh(group(2) + r * u_n);
-        write_state<kGate>(i, s, first, units, z, n, h, new_h);
-        if (rows_[i].gates == nullptr) return;
-        S* const saved = rows_[i].gates + s * strides_.gates + first;
-        store(r, saved, units);
-        store(z, saved + H_, units);
-        store(n, saved + 2 * H_, units);
-        store(u_n, saved + 3 * H_, units);
+        write_step<kGate>(i, s, first, units, r, z, n, h, new_h);
+        if (rows_[i].gates != nullptr) store(u_n, rows_[i].gates + s * strides_.gates + 3 * H_ + first, units);
     }
 
     // The reset before the product: U_n (r h) has to wait until all of r h is there.
@@ -222,28 +217,29 @@ class Tile {
             const Vec<T> u_n = Vec<T>::load(sums + j, lanes) + load_or_zero<T>(p_.bias_hh, 2 * H_ + j, lanes);
             const Vec<T> r = Vec<T>::load(gates + j, lanes), z = Vec<T>::load(gates + H_ + j, lanes);
             const Vec<T> n = tanh(Vec<T>::load(gates + 2 * H_ + j, lanes) + u_n);
-            write_state<kGate>(i, s, j, lanes, z, n, h, new_h);
-            if (rows_[i].gates == nullptr) return;
-            S* const saved = rows_[i].gates + s * strides_.gates + j;
-            store(r, saved, lanes);
-            store(z, saved + H_, lanes);
-            store(n, saved + 2 * H_, lanes);
+            write_step<kGate>(i, s, j, lanes, r, z, n, h, new_h);
         });
     }
 
+    // The new state of `lanes` units from j on, and their gates where they are saved.
     template <Gate kGate>
-    void write_state(int64_t i, int64_t s, int64_t j, int64_t lanes, Vec<T> z, Vec<T> n, const T* h, T* new_h) {
+    void write_step(int64_t i, int64_t s, int64_t j, int64_t lanes, Vec<T> r, Vec<T> z, Vec<T> n, const T* h, T* new_h) {
         const Vec<T> old_h = Vec<T>::load(h + j, lanes);
         const Vec<T> result = n + keep_weight<kGate>(z, Vec<T>(scores_[i])) * (old_h - n);
         result.store(new_h + j, lanes);
         store(result, rows_[i].output + s * strides_.output + j, lanes);
+        if (rows_[i].gates == nullptr) return;
+        S* const saved = rows_[i].gates + s * strides_.gates + j;
+        store(r, saved, lanes);
+        store(z, saved + H_, lanes);
+        store(n, saved + 2 * H_, lanes);
     }
 
     const GruForward<S>& p_;
     const int64_t H_, I_, depth_;
     const int64_t* const order_;
     const int64_t count_;
-    Strides<S> strides_;
+    Strides strides_;
     const Scratch<Row<S>> rows_;
     const Scratch<T> scores_, current_, next_;      // [rows]; two of [rows, depth]: this step's [x, h], the next one's
     const Scratch<T> products_;                     // [rows, the vectors of a panel]

@@ -12,6 +12,7 @@
 // the reset before the product n's U (r h) is not a panel's work, and h has a share in r and z alone.
 #pragma once
 
+#include "cpu/gemm.h"
 #include "cpu/simd.h"
 #include "cpu/storage.h"
 
@@ -109,17 +110,7 @@ template <int64_t kRows, int64_t kVectors, int64_t kStored, int64_t kThird, type
 void panel_products(const T* a, int64_t lda, const T* weights, int64_t depth, T* products) {
     constexpr int64_t kSize = Vec<T>::kSize;
     Vec<T> sums[kRows][kStored];
-    for (int64_t k = 0; k < depth; ++k, weights += kStored * kSize) {
-        Vec<T> w[kStored];
-#pragma GCC unroll 3
-        for (int64_t v = 0; v < kStored; ++v) w[v] = Vec<T>::load(weights + v * kSize);
-#pragma GCC unroll 8
-        for (int64_t m = 0; m < kRows; ++m) {
-            const Vec<T> a_mk(a[m * lda + k]);
-#pragma GCC unroll 3
-            for (int64_t v = 0; v < kStored; ++v) sums[m][v] += a_mk * w[v];
-        }
-    }
+    add_register_products(a, lda, weights, kStored * kSize, depth, sums);
 #pragma GCC unroll 8
     for (int64_t m = 0; m < kRows; ++m) {
 #pragma GCC unroll 3

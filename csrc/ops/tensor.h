@@ -63,8 +63,8 @@ inline OptionalTensor checked(const OptionalTensor& t, const char* argument, con
     return t.has_value() ? OptionalTensor(checked(*t, argument, expected, dtype)) : std::nullopt;
 }
 
-// Memory that comes fresh from the system is cleared page by page when it is first written, which can cost a large result more
-// than computing it; pages of 2 MiB spare most of the faults. Only whole pages of a large block are asked for.
+// Memory that comes fresh from the system faults on the first write to each page; pages of 2 MiB spare a large result most of
+// these faults. Only whole pages of a large block are asked for.
 inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     constexpr uintptr_t kPage = 2 << 20;
