@@ -369,14 +369,14 @@ def test_forward_mode_is_refused_rather_than_zero(gate):
 
 def test_the_operator_refuses_a_reversed_attentional_gru():
     case = Case("paper", hx=False)
-    arguments = (*case.tensors, None, "paper", True, True, True, False)
+    arguments = (*case.tensors, None, "paper", True, True, True, False, False)
     with pytest.raises(RuntimeError, match="reverse must be false for every gate but none"):
         torch.ops.dien_ops.gru(*arguments)
 
 
 def test_backward_without_saved_gates_computes_them_again():
     case = Case("none")
-    arguments = (*case.tensors, case.options["lengths"], "none", True, True, False)
+    arguments = (*case.tensors, case.options["lengths"], "none", True, True, False, False)
     found = []
     for save_gates in (False, True):
         output, h_n, _ = torch.ops.dien_ops.gru(*arguments, save_gates)
@@ -407,7 +407,8 @@ def test_what_is_saved_behind_a_rows_length_is_never_read():
     torch.use_deterministic_algorithms(True)  # memory not written to is filled with NaN
     try:
         results = case.results(functional)
-        *_, gates = torch.ops.dien_ops.gru(*case.tensors, case.options["lengths"], "paper", False, True, False, True)
+        arguments = (*case.tensors, case.options["lengths"], "paper", False, True, False, False)
+        *_, gates = torch.ops.dien_ops.gru(*arguments, True)
     finally:
         torch.use_deterministic_algorithms(False)
     assert_close(results, case.results(reference))
@@ -424,7 +425,7 @@ def test_what_is_saved_behind_a_rows_length_is_never_read():
 def test_opcheck(cell, reset_after):
     case = Case(**cell, reset_after=reset_after, batch=2, steps=3)
     case.options["lengths"].fill_(3)  # behind a length the saved gates are not written, and opcheck compares them
-    options = (cell["gate"], reset_after, True, cell.get("reverse", False))
+    options = (cell["gate"], reset_after, True, cell.get("reverse", False), False)
     arguments = (*case.tensors, case.options["lengths"])
     torch.library.opcheck(torch.ops.dien_ops.gru.default, (*arguments, *options, True))
     with torch.no_grad():
