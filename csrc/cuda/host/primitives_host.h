@@ -223,8 +223,8 @@ S to_storage(Compute<S> x) {
 }
 
 inline float to_tf32(float x) {
-    if (!std::isfinite(x)) return x;
-    return std::bit_cast<float>((std::bit_cast<uint32_t>(x) + 0x1000) & ~uint32_t{0x1fff});
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    return std::bit_cast<float>((std::isfinite(x) ? bits + 0x1000 : bits) & ~uint32_t{0x1fff});
 }
 
 inline float exp_approx(float x) { return std::exp(x); }
