@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: Apache-2.0
+// The recurrent kernel has the shape of the package's own: a block takes 16 rows through all steps; the state stays in shared
+// memory, in two buffers that take turns; x of the next step is on its way while this one computes; warp w owns columns
+// 8w..8w+7 of the state and writes them out in vectors, by way of 16 x 8 numbers of its own. One barrier a step parts the
+// writes of a state, and the reads of the buffers that are written next, from what follows.
+#include "cuda/host/test_kernels.h"
+
+#include "cuda/launch.cuh"
+
+namespace dien_ops::cuda::test {
+namespace {
+
+constexpr int kRows = 16, kColumns = 8;  // of a block, of a warp
+constexpr int kLargestState = 64;
+constexpr int kElementThreads = 64;
+
+struct RecurrentBuffers {
+    int64_t B, T;
+    int H;
+    gmem<const float> x, u, h0;
+    gmem<float> y, h_n;
+};
+
+DIEN_OPS_KERNEL(kLargestState / kColumns * kWarp) void recurrent_kernel(RecurrentBuffers p, Bug bug) {
+    const int H = p.H, state = kRows * H;
+    Arena arena;
+    const view<float> u = arena.take<float>(H * H, "u");
+    const view<float> h = arena.take<float>(2 * state, "h");
+    const view<float> x = arena.take<float>(2 * state, "x");
+    const view<float> out = arena.take<float>(block_warps() * kRows * kColumns, "out");
+
+    const int64_t first_row = block_index() * kRows;
+    const int rows = static_cast<int>(p.B - first_row < kRows ? p.B - first_row : kRows);
+    const int column = warp_index() * kColumns, g = lane_index() / 4, q = lane_index() % 4;
+    if (bug == Bug::exited_thread && warp_index() >= rows) return;
+
+    const auto prefetch = [&](int64_t t) {
+        if (t < p.T) {
+            for (int i = 4 * thread_index(); i < rows * H; i += 4 * block_threads()) {
+                copy_async16(x, static_cast<int>(t % 2) * state + i, p.x, (t * p.B + first_row) * H + i);
+            }
+        }
+        copy_async_commit();
+    };
+
+    for (int i = thread_index(); i < H * H; i += block_threads()) u.st(i, to_tf32(p.u.ld(i)));
+    for (int i = thread_index(); i < state; i += block_threads()) {
+        const bool in_batch = i / H < rows;
+        if (bug != Bug::unwritten_shared || i / H < kRows / 2) {
+            h.st(i, p.h0 && in_batch ? p.h0.ld(first_row * H + i) : 0.0f);
+        }
+        if (!in_batch) {  // no copy writes these
+            x.st(i, 0.0f);
+            x.st(state + i, 0.0f);
+        }
+    }
+    prefetch(0);
+    for (int64_t t = 0; t < p.T; ++t) {
+        if (bug == Bug::prefetch_before_barrier) {
+            prefetch(t + 1);
+            copy_async_wait<1>();
+        } else if (bug != Bug::wait_after_barrier && bug != Bug::missing_wait) {
+            copy_async_wait<0>();
+        }
+        if (bug == Bug::divergent_barrier && warp_index() == 0) {
+            sync_block();
+        } else if (bug != Bug::missing_step_barrier || t == 0) {
+            sync_block();
+        }
+        if (bug == Bug::wait_after_barrier) copy_async_wait<0>();
+        if (bug != Bug::prefetch_before_barrier) prefetch(t + 1);
+
+        const int now = static_cast<int>(t % 2) * state;
+        const int old = bug == Bug::single_buffered_state ? 0 : now;
+        const int next = bug == Bug::single_buffered_state ? 0 : state - now;
+        const int past_the_end = bug == Bug::out_of_range_shared ? 2 * state - 1 : 0;
+        float d[4];
+        for (int i = 0; i < 4; ++i) d[i] = x.ld(now + (g + i / 2 * 8) * H + column + 2 * q + i % 2);
+        for (int k = 0; k < H; k += 8) {
+            float a[4], b[2];
+            for (int i = 0; i < 4; ++i) {
+                const float value = h.ld(old + (g + i % 2 * 8) * H + k + q + i / 2 * 4 + past_the_end);
+                a[i] = bug == Bug::unrounded_operands ? value : to_tf32(value);
+            }
+            for (int i = 0; i < 2; ++i) b[i] = u.ld((column + g) * H + k + q + i * 4);
+            mma_m16n8k8_tf32(d, a, b);
+        }
+        const view<float> mine = out.sub(warp_index() * kRows * kColumns, kRows * kColumns);
+        for (int i = 0; i < 4; ++i) {
+            const int row = g + i / 2 * 8, offset = 2 * q + i % 2;
+            const float value = tanh_exact(d[i]);
+            h.st(next + row * H + column + offset, value);
+            mine.st(row * kColumns + offset, value);
+        }
+        if (bug != Bug::missing_syncwarp) sync_warp();
+        const int row = lane_index() / 2, half = lane_index() % 2 * 4;
+        const int from = row * kColumns + half + (bug == Bug::misaligned_vector ? -half / 4 : 0);
+        const auto four = mine.ld_as<Pack<float, 4>>(from);
+        if (row < rows || bug == Bug::out_of_range_global) {
+            p.y.st_as((t * p.B + first_row + row) * H + column + half, four);
+        }
+        if (t == p.T - 1 && row < rows) {
+            const int64_t to = (bug == Bug::race_between_blocks ? row : first_row + row) * H;
+            p.h_n.st_as(to + (bug == Bug::race_over_global ? 0 : column) + half, four);
+        }
+    }
+}
+
+DIEN_OPS_KERNEL(1024) void indices_kernel(gmem<int64_t> out, int64_t y_blocks) {
+    const int64_t block = (block_index_z() * y_blocks + block_index_y()) * grid_blocks() + block_index();
+    const int64_t values[] = {thread_index(), block_threads(), lane_index(),    warp_index(),
+                              block_warps(),  block_index(),   block_index_y(), block_index_z()};
+    for (int i = 0; i < 8; ++i) out.st((block * block_threads() + thread_index()) * 8 + i, values[i]);
+}
+
+DIEN_OPS_KERNEL(1024) void nothing_kernel() {}
+
+// Races on purpose: for runs without checks.
+DIEN_OPS_KERNEL(1024) void turns_kernel(gmem<int64_t> count, gmem<int64_t> out) {
+    sync_block();
+    const int64_t turn = count.ld(0);
+    count.st(0, turn + 1);
+    out.st(turn, block_index() * block_threads() + thread_index());
+}
+
+DIEN_OPS_KERNEL(1024) void perform_kernel(gmem<const int64_t> steps, gmem<float> numbers) {
+    Arena arena;
+    const view<float> shared = arena.take<float>(static_cast<int>(numbers.n), "shared");
+    for (int64_t i = 0; i < steps.n; i += 4) {
+        const auto step = steps.ld_as<Pack<int64_t, 2>>(i), what = steps.ld_as<Pack<int64_t, 2>>(i + 2);
+        const bool is_mine = step.v[1] == thread_index();
+        const auto action = static_cast<Action>(what.v[0]);
+        const int64_t number = what.v[1];
+        if (step.v[0] != block_index()) continue;
+        if (action == Action::sync_block) sync_block();
+        if (action == Action::sync_warp && step.v[1] / kWarp == warp_index()) sync_warp();
+        if (!is_mine) continue;
+        if (action == Action::read_shared) shared.ld(static_cast<int>(number));
+        if (action == Action::write_shared) shared.st(static_cast<int>(number), 1.0f);
+        if (action == Action::read_global) numbers.ld(number);
+        if (action == Action::write_global) numbers.st(number, 1.0f);
+        if (action == Action::copy) {
+            copy_async16(shared, static_cast<int>(number), numbers, number);
+            copy_async_commit();
+        }
+        if (action == Action::wait) copy_async_wait<0>();
+    }
+}
+
+DIEN_OPS_KERNEL(32) void take_kernel(int numbers) {
+    Arena arena;
+    const view<float> taken = arena.take<float>(numbers, "taken");
+    taken.st(lane_index(), 1.0f);
+}
+
+template <typename T, int kNumbers>
+DIEN_OPS_KERNEL(kElementThreads)
+void move_kernel(gmem<const T> in, gmem<T> out) {
+    using V = Pack<T, kNumbers>;
+    Arena arena;
+    const view<T> staged = arena.take<T>(kElementThreads * kNumbers, "staged");
+    const int64_t i = (block_index() * block_threads() + thread_index()) * kNumbers;
+    const int mine = thread_index() * kNumbers, other = (thread_index() ^ 1) * kNumbers;
+    if (i < in.n) staged.template st_as<V>(mine, in.template ld_as<V>(i));
+    sync_warp();
+    const int64_t j = i - mine + other;
+    if (j < in.n) out.template st_as<V>(j, staged.template ld_as<V>(other));
+}
+
+template <typename T>
+DIEN_OPS_KERNEL(kWarp)
+void copy_in_groups_kernel(gmem<const T> in, gmem<T> out) {
+    constexpr int kNumbers = 16 / sizeof(T);
+    const int n = static_cast<int>(in.n), step = kWarp * kNumbers, first = lane_index() * kNumbers;
+    Arena arena;
+    const view<T> staged = arena.take<T>(n, "staged");
+    for (int i = first; i - first < n; i += step) {
+        if (i < n) copy_async16(staged, i, in, i);
+        copy_async_commit();
+    }
+    const auto write = [&](int i) {
+        if (i < n) out.template st_as<Pack<T, kNumbers>>(i, staged.template ld_as<Pack<T, kNumbers>>(i));
+    };
+    const int last = (n - 1) / step * step + first;
+    copy_async_wait<1>();
+    for (int i = first; i < last; i += step) write(i);
+    copy_async_wait<0>();
+    write(last);
+}
+
+template <typename T>
+DIEN_OPS_KERNEL(kWarp)
+void shuffle_kernel(gmem<const T> in, gmem<T> out, int lane_mask) {
+    out.st(lane_index(), shuffle_xor(in.ld(lane_index()), lane_mask));
+}
+
+template <typename T>
+DIEN_OPS_KERNEL(kWarp)
+void mma_kernel(gmem<const T> a, gmem<const T> b, gmem<float> d) {
+    const int g = lane_index() / 4, q = lane_index() % 4;
+    float sums[4];
+    for (int i = 0; i < 4; ++i) sums[i] = d.ld((g + i / 2 * 8) * 8 + 2 * q + i % 2);
+    if constexpr (std::is_same_v<T, float>) {
+        const float of_a[4] = {a.ld(g * 8 + q), a.ld((g + 8) * 8 + q), a.ld(g * 8 + q + 4), a.ld((g + 8) * 8 + q + 4)};
+        const float of_b[2] = {b.ld(q * 8 + g), b.ld((q + 4) * 8 + g)};
+        mma_m16n8k8_tf32(sums, of_a, of_b);
+    } else {
+        const auto pair = [](T low, T high) { return low.bits | static_cast<uint32_t>(high.bits) << 16; };
+        const auto pair_of_a = [&](int row, int column) { return a.template ld_as<uint32_t>(row * 16 + column); };
+        const auto pair_of_b = [&](int row, int column) { return pair(b.ld(row * 8 + column), b.ld((row + 1) * 8 + column)); };
+        const uint32_t of_a[4] = {pair_of_a(g, 2 * q), pair_of_a(g + 8, 2 * q), pair_of_a(g, 2 * q + 8),
+                                  pair_of_a(g + 8, 2 * q + 8)};
+        const uint32_t of_b[2] = {pair_of_b(2 * q, g), pair_of_b(2 * q + 8, g)};
+        mma_m16n8k16<T>(sums, of_a, of_b);
+    }
+    for (int i = 0; i < 4; ++i) d.st((g + i / 2 * 8) * 8 + 2 * q + i % 2, sums[i]);
+}
+
+template <typename F, typename In, typename Out>
+DIEN_OPS_KERNEL(kElementThreads)
+void elements_kernel(F f, gmem<const In> in, gmem<const In> in2, gmem<Out> out) {
+    const int64_t i = block_index() * block_threads() + thread_index();
+    if (i < in.n) out.st(i, f(in.ld(i), in2 ? in2.ld(i) : In{}));
+}
+
+template <typename F, typename In, typename Out>
+void launch_elements(F f, const In* in, const In* in2, Out* out, int64_t n, Stream stream) {
+    launch("elements", elements_kernel<F, In, Out>,
+           {.x = (n + kElementThreads - 1) / kElementThreads, .threads = kElementThreads}, stream, f,
+           gmem<const In>(in, n, "in"), gmem<const In>(in2, n, "in2"), gmem<Out>(out, n, "out"));
+}
+
+struct ExpApprox {
+    DIEN_OPS_DEVICE float operator()(float x, float) const { return exp_approx(x); }
+};
+struct DivideApprox {
+    DIEN_OPS_DEVICE float operator()(float a, float b) const { return divide_approx(a, b); }
+};
+struct ToTf32 {
+    DIEN_OPS_DEVICE float operator()(float x, float) const { return to_tf32(x); }
+};
+template <typename T>
+struct ExpExact {
+    DIEN_OPS_DEVICE T operator()(T x, T) const { return exp_exact(x); }
+};
+template <typename T>
+struct TanhExact {
+    DIEN_OPS_DEVICE T operator()(T x, T) const { return tanh_exact(x); }
+};
+template <typename S>
+struct ToCompute {
+    DIEN_OPS_DEVICE float operator()(S x, S) const { return cuda::to_compute(x); }
+};
+template <typename S>
+struct ToStorage {
+    DIEN_OPS_DEVICE S operator()(float x, float) const { return cuda::to_storage<S>(x); }
+};
+
+DIEN_OPS_KERNEL(kElementThreads) void require_not_negative_kernel(gmem<const int64_t> in) {
+    const int64_t i = block_index() * block_threads() + thread_index();
+    if (i < in.n) require(in.ld(i) >= 0, "numbers must not be negative", in.ld(i), i);
+}
+
+}  // namespace
+
+void recurrent(const Recurrent& p, Bug bug, Stream stream) {
+    const RecurrentBuffers buffers = {p.B,
+                                      p.T,
+                                      static_cast<int>(p.H),
+                                      {p.x, p.T * p.B * p.H, "x"},
+                                      {p.u, p.H * p.H, "u"},
+                                      {p.h0, p.B * p.H, "h0"},
+                                      {p.y, p.T * p.B * p.H, "y"},
+                                      {p.h_n, p.B * p.H, "h_n"}};
+    const int64_t shared_bytes =
+        arena_bytes<float>(p.H * p.H) + 2 * arena_bytes<float>(2 * kRows * p.H) + arena_bytes<float>(kRows * p.H);
+    launch("recurrent", recurrent_kernel,
+           {.x = (p.B + kRows - 1) / kRows, .threads = static_cast<int>(p.H) / kColumns * kWarp, .shared_bytes = shared_bytes},
+           stream, buffers, bug);
+}
+
+void indices(int64_t x, int64_t y, int64_t z, int threads, int64_t* out, Stream stream) {
+    launch("indices", indices_kernel, {x, y, z, threads}, stream, {out, x * y * z * threads * 8, "out"}, y);
+}
+
+void nothing(int64_t x, int64_t y, int64_t z, int threads, int64_t shared_bytes, Stream stream) {
+    launch("nothing", nothing_kernel, {x, y, z, threads, shared_bytes}, stream);
+}
+
+void turns(int64_t blocks, int threads, int64_t* count, int64_t* out, Stream stream) {
+    launch("turns", turns_kernel, {.x = blocks, .threads = threads}, stream, {count, 1, "count"},
+           {out, blocks * threads, "out"});
+}
+
+void perform(const int64_t* steps, int64_t count, float* numbers, int64_t n, int64_t blocks, int threads, Stream stream) {
+    launch("perform", perform_kernel, {.x = blocks, .threads = threads, .shared_bytes = arena_bytes<float>(n)}, stream,
+           {steps, 4 * count, "steps"}, {numbers, n, "numbers"});
+}
+
+void take(int numbers, int64_t shared_bytes, Stream stream) {
+    launch("take", take_kernel, {.threads = kWarp, .shared_bytes = shared_bytes}, stream, numbers);
+}
+
+template <typename T, int kNumbers>
+void move(const T* in, T* out, int64_t n, Stream stream) {
+    const int64_t of_block = kElementThreads * kNumbers;
+    launch("move", move_kernel<T, kNumbers>,
+           {.x = (n + of_block - 1) / of_block, .threads = kElementThreads, .shared_bytes = arena_bytes<T>(of_block)}, stream,
+           {in, n, "in"}, {out, n, "out"});
+}
+
+template <typename T>
+void copy_in_groups(const T* in, T* out, int n, Stream stream) {
+    launch("copy_in_groups", copy_in_groups_kernel<T>, {.threads = kWarp, .shared_bytes = arena_bytes<T>(n)}, stream,
+           {in, n, "in"}, {out, n, "out"});
+}
+
+template <typename T>
+void shuffle(const T* in, T* out, int lane_mask, Stream stream) {
+    launch("shuffle", shuffle_kernel<T>, {.threads = kWarp}, stream, {in, kWarp, "in"}, {out, kWarp, "out"}, lane_mask);
+}
+
+template <typename T>
+void mma(const T* a, const T* b, float* d, Stream stream) {
+    constexpr int64_t kDepth = std::is_same_v<T, float> ? 8 : 16;
+    launch("mma", mma_kernel<T>, {.threads = kWarp}, stream, {a, 16 * kDepth, "a"}, {b, kDepth * 8, "b"}, {d, 16 * 8, "d"});
+}
+
+template <typename T>
+void apply(Function f, const T* in, const T* in2, T* out, int64_t n, Stream stream) {
+    if (f == Function::exp_exact) return launch_elements(ExpExact<T>{}, in, in2, out, n, stream);
+    if (f == Function::tanh_exact) return launch_elements(TanhExact<T>{}, in, in2, out, n, stream);
+    if constexpr (std::is_same_v<T, float>) {
+        if (f == Function::exp_approx) return launch_elements(ExpApprox{}, in, in2, out, n, stream);
+        if (f == Function::divide_approx) return launch_elements(DivideApprox{}, in, in2, out, n, stream);
+        if (f == Function::to_tf32) return launch_elements(ToTf32{}, in, in2, out, n, stream);
+    }
+    throw std::runtime_error("this function is for float32 only");
+}
+
+template <typename S>
+void to_compute(const S* in, float* out, int64_t n, Stream stream) {
+    launch_elements(ToCompute<S>{}, in, static_cast<const S*>(nullptr), out, n, stream);
+}
+
+template <typename S>
+void to_storage(const float* in, S* out, int64_t n, Stream stream) {
+    launch_elements(ToStorage<S>{}, in, static_cast<const float*>(nullptr), out, n, stream);
+}
+
+void require_not_negative(const int64_t* in, int64_t n, Stream stream) {
+    launch("require_not_negative", require_not_negative_kernel,
+           {.x = (n + kElementThreads - 1) / kElementThreads, .threads = kElementThreads}, stream, {in, n, "in"});
+}
+
+#define MOVES(T)                                             \
+    template void move<T, 1>(const T*, T*, int64_t, Stream); \
+    template void move<T, 2>(const T*, T*, int64_t, Stream); \
+    template void copy_in_groups<T>(const T*, T*, int, Stream)
+MOVES(BFloat16);
+MOVES(float);
+MOVES(double);
+template void move<BFloat16, 4>(const BFloat16*, BFloat16*, int64_t, Stream);
+template void move<BFloat16, 8>(const BFloat16*, BFloat16*, int64_t, Stream);
+template void move<float, 4>(const float*, float*, int64_t, Stream);
+template void shuffle<float>(const float*, float*, int, Stream);
+template void shuffle<double>(const double*, double*, int, Stream);
+template void shuffle<int>(const int*, int*, int, Stream);
+template void shuffle<int64_t>(const int64_t*, int64_t*, int, Stream);
+template void mma<float>(const float*, const float*, float*, Stream);
+template void mma<BFloat16>(const BFloat16*, const BFloat16*, float*, Stream);
+template void mma<Half>(const Half*, const Half*, float*, Stream);
+template void apply<float>(Function, const float*, const float*, float*, int64_t, Stream);
+template void apply<double>(Function, const double*, const double*, double*, int64_t, Stream);
+template void to_compute<BFloat16>(const BFloat16*, float*, int64_t, Stream);
+template void to_compute<Half>(const Half*, float*, int64_t, Stream);
+template void to_storage<BFloat16>(const float*, BFloat16*, int64_t, Stream);
+template void to_storage<Half>(const float*, Half*, int64_t, Stream);
+
+}  // namespace dien_ops::cuda::test
