@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import os
 from pathlib import Path
 
@@ -9,13 +10,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-THREAD_ORDERS = ("in_order", "reverse", "shuffled", "skewed")
+from helpers import THREAD_ORDERS
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("host executor", "CUDA kernels on the CPU")
-    group.addoption("--host-executor", metavar="PATH", help="libdien_ops_cuda_host.so: run the tests of CUDA kernels with it")
-    group.addoption("--thread-order", choices=THREAD_ORDERS, default="in_order", help="in which it runs a kernel's threads")
+    group.addoption(
+        "--host-executor", metavar="PATH", help="libdien_ops_cuda_host.so: run the tests of CUDA kernels with it"
+    )
+    group.addoption(
+        "--thread-order", choices=THREAD_ORDERS, default="in_order", help="in which it runs a kernel's threads"
+    )
     group.addoption("--thread-seed", type=int, default=0, help="of the orders that are drawn")
 
 
@@ -24,8 +29,19 @@ def _same_numbers_in_every_run():
     torch.manual_seed(0)
 
 
+def _set_executor(config, order=None, seed=None, check=True, multiprocessors=4, shared_bytes=232448):
+    torch.ops.dien_ops_test.set_executor(
+        config.getoption("--thread-order") if order is None else order,
+        config.getoption("--thread-seed") if seed is None else seed,
+        check,
+        multiprocessors,
+        shared_bytes,
+    )
+
+
 @pytest.fixture(scope="session")
-def _host_executor_library(request):
+def host_executor(request):
+    """CUDA kernels run on the CPU, as the options of this run say, with all checks."""
     path = request.config.getoption("--host-executor")
     if path is None:
         pytest.skip("needs --host-executor with the path of libdien_ops_cuda_host.so: run `make test-cuda-host`")
@@ -34,20 +50,11 @@ def _host_executor_library(request):
     import dien_ops  # noqa: F401  its library holds the schemas
 
     torch.ops.load_library(Path(path).resolve())
+    _set_executor(request.config)
 
 
 @pytest.fixture
-def set_executor(request, _host_executor_library):
-    """The host executor as this run asks for it, with checks; call it for one test's own options."""
-
-    def set_options(order=None, seed=None, check=True, multiprocessors=4, shared_bytes=232448):
-        torch.ops.dien_ops_test.set_executor(
-            request.config.getoption("--thread-order") if order is None else order,
-            request.config.getoption("--thread-seed") if seed is None else seed,
-            check,
-            multiprocessors,
-            shared_bytes,
-        )
-
-    set_options()
-    return set_options
+def set_executor(request, host_executor):
+    """Sets options of the executor for one test: order, seed, check, multiprocessors, shared_bytes."""
+    yield functools.partial(_set_executor, request.config)
+    _set_executor(request.config)

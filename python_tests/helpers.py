@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+THREAD_ORDERS = ("in_order", "reverse", "shuffled", "skewed")  # of the host executor
+
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float64, low: float = -1.0, high: float = 1.0) -> Tensor:
     """A uniform random tensor that requires grad."""

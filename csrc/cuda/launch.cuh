@@ -44,16 +44,17 @@ void launch(const char* name, void (*kernel)(P...), const Grid& grid, Stream str
 inline bool is_empty(const Grid& grid) { return grid.x == 0 || grid.y == 0 || grid.z == 0; }
 
 inline void check_grid(const char* name, const Grid& grid) {
+    const auto refuse = [&](const char* what, const std::string& expected, int64_t got) {
+        throw std::runtime_error(std::string(name) + ": " + what + " must be " + expected + ", got " + std::to_string(got));
+    };
     const auto check = [&](const char* what, int64_t got, int64_t least, int64_t most) {
-        if (got >= least && got <= most) return;
-        throw std::runtime_error(std::string(name) + ": " + what + " must be in " + std::to_string(least) + ".." +
-                                 std::to_string(most) + ", got " + std::to_string(got));
+        if (got < least || got > most) refuse(what, "in " + std::to_string(least) + ".." + std::to_string(most), got);
     };
     check("grid.x", grid.x, 1, (int64_t{1} << 31) - 1);
     check("grid.y", grid.y, 1, 65535);
     check("grid.z", grid.z, 1, 65535);
     check("threads of a block", grid.threads, kWarp, 1024);
-    check("threads of a block modulo 32", grid.threads % kWarp, 0, 0);
+    if (grid.threads % kWarp != 0) refuse("threads of a block", "a multiple of 32", grid.threads);
     check("bytes of shared memory", grid.shared_bytes, 0, device_limits().shared_bytes_per_block);
 }
 

@@ -38,7 +38,9 @@ bool Reports::wants(const char* what, const char* buffer, const Site& site, cons
 }
 
 void Shadow::start_launch() {
-    for (auto& [number, page] : pages_) spare_.push_back(std::move(page));
+    for (auto& [number, page] : pages_) {
+        if (spare_.size() < kRecent) spare_.push_back(std::move(page));
+    }
     pages_.clear();
     std::fill(recent_.begin(), recent_.end(), nullptr);
     blocks_.clear();

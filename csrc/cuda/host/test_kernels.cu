@@ -123,7 +123,7 @@ DIEN_OPS_KERNEL(1024) void turns_kernel(gmem<int64_t> count, gmem<int64_t> out) 
     out.st(turn, block_index() * block_threads() + thread_index());
 }
 
-DIEN_OPS_KERNEL(1024) void perform_kernel(gmem<const int64_t> steps, gmem<float> numbers) {
+DIEN_OPS_KERNEL(1024) void perform_kernel(gmem<const int64_t> steps, gmem<float> numbers, gmem<Half> halves) {
     Arena arena;
     const view<float> shared = arena.take<float>(static_cast<int>(numbers.n), "shared");
     for (int64_t i = 0; i < steps.n; i += 4) {
@@ -139,11 +139,15 @@ DIEN_OPS_KERNEL(1024) void perform_kernel(gmem<const int64_t> steps, gmem<float>
         if (action == Action::write_shared) shared.st(static_cast<int>(number), 1.0f);
         if (action == Action::read_global) numbers.ld(number);
         if (action == Action::write_global) numbers.st(number, 1.0f);
+        if (action == Action::write_half) halves.st(number, Half{0});
         if (action == Action::copy) {
             copy_async16(shared, static_cast<int>(number), numbers, number);
             copy_async_commit();
         }
         if (action == Action::wait) copy_async_wait<0>();
+        if (action == Action::lone_sync_warp) sync_warp();
+        if (action == Action::lone_sync_block) sync_block();
+        if (action == Action::leave) return;
     }
 }
 
@@ -294,7 +298,7 @@ void turns(int64_t blocks, int threads, int64_t* count, int64_t* out, Stream str
 
 void perform(const int64_t* steps, int64_t count, float* numbers, int64_t n, int64_t blocks, int threads, Stream stream) {
     launch("perform", perform_kernel, {.x = blocks, .threads = threads, .shared_bytes = arena_bytes<float>(n)}, stream,
-           {steps, 4 * count, "steps"}, {numbers, n, "numbers"});
+           {steps, 4 * count, "steps"}, {numbers, n, "numbers"}, {reinterpret_cast<Half*>(numbers), 2 * n, "halves"});
 }
 
 void take(int numbers, int64_t shared_bytes, Stream stream) {

@@ -53,9 +53,23 @@ void nothing(int64_t x, int64_t y, int64_t z, int threads, int64_t shared_bytes,
 void turns(int64_t blocks, int threads, int64_t* count, int64_t* out, Stream stream);
 
 // Every thread goes through steps [count, 4]: (block, thread, action, number), and does what is its own. sync_block is for the
-// whole block and sync_warp for the thread's whole warp; numbers [n] are global memory, of which shared memory has as many;
-// copy takes four of them from global to shared memory and commits, wait waits for all.
-enum class Action : int64_t { read_shared, write_shared, read_global, write_global, sync_warp, sync_block, copy, wait };
+// whole block and sync_warp for the thread's whole warp, if they are not lone. numbers [n] are global memory, of which shared
+// memory has as many; write_half writes half of one, counted in halves; copy takes four of them to shared memory and commits;
+// wait waits for all.
+enum class Action : int64_t {
+    read_shared,
+    write_shared,
+    read_global,
+    write_global,
+    write_half,
+    sync_warp,
+    sync_block,
+    copy,
+    wait,
+    lone_sync_warp,
+    lone_sync_block,
+    leave,
+};
 void perform(const int64_t* steps, int64_t count, float* numbers, int64_t n, int64_t blocks, int threads, Stream stream);
 
 // Takes so many floats from the arena of a launch that asked for shared_bytes.

@@ -1,0 +1,553 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The executor that runs CUDA kernels on the CPU, and each primitive that kernels are made of.
+
+What holds here of the primitives must hold of their device bodies: the kernels are in csrc/cuda/host/test_kernels.cu.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from helpers import THREAD_ORDERS, assert_close
+
+pytestmark = pytest.mark.usefixtures("host_executor")
+
+
+@pytest.fixture(params=THREAD_ORDERS)
+def order(request, set_executor):
+    set_executor(order=request.param)
+    return request.param
+
+
+def ops():
+    return torch.ops.dien_ops_test
+
+
+def report(run, *arguments) -> list[str]:
+    """The lines of what the executor found."""
+    try:
+        run(*arguments)
+    except RuntimeError as error:
+        return str(error).splitlines()
+    return []
+
+
+# Recurrent kernels, right and wrong
+
+
+def recurrent_arguments(batch=35, steps=5, hidden=32):  # the last block has fewer rows than warps
+    return torch.randn(steps, batch, hidden), torch.randn(hidden, hidden) / hidden**0.5
+
+
+def test_a_right_kernel_is_clean_and_agrees_with_float64(order):
+    for batch, steps, hidden in [(35, 5, 32), (16, 1, 8), (1, 2, 64), (3, 12, 40)]:
+        x, u = recurrent_arguments(batch, steps, hidden)
+        h = h0 = torch.randn(batch, hidden)
+        y, h_n = ops().recurrent(x, u, h0, "none")
+        states = []
+        for x_t in x.double():
+            h = torch.tanh(x_t + h.double() @ u.double().T)
+            states.append(h)
+        # tf32 keeps 10 bits: each of the products is off by 2^-10 at most, in practice by far less than their sum
+        assert_close([y.double(), h_n.double()], [torch.stack(states), h], tolerance=2e-3)
+        assert float((y.double() - torch.stack(states)).abs().max()) > 1e-6  # it does round
+
+
+def test_results_do_not_depend_on_the_order_of_threads(set_executor):
+    x, u = recurrent_arguments()
+    results = []
+    for order in THREAD_ORDERS:
+        for seed in range(3):
+            set_executor(order=order, seed=seed)
+            results.append(ops().recurrent(x, u, None, "none")[0])
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_results_do_not_depend_on_the_checks(set_executor):
+    x, u = recurrent_arguments()
+    checked = ops().recurrent(x, u, None, "none")
+    set_executor(check=False)
+    assert_close(ops().recurrent(x, u, None, "none"), checked, tolerance=0)
+
+
+BUGS = {
+    "missing_step_barrier": ["race: ", " 'h' "],
+    "single_buffered_state": ["race: ", " 'h' "],
+    "prefetch_before_barrier": ["race: ", "copy", " 'x' "],
+    "wait_after_barrier": ["race: ", "copy/read 'x' "],
+    "missing_wait": ["race: pending copy/read 'x' "],
+    "missing_syncwarp": ["race: ", " 'out' "],
+    "out_of_range_shared": ["out of range: read 'h' ", " of 1024 numbers "],
+    "unwritten_shared": ["unwritten: read 'h' "],
+    "divergent_barrier": ["divergence: ", " waits in sync_block ", ", thread ", " waits in sync_block "],
+    "unrounded_operands": ["unrounded: a = ", " of mma_m16n8k8_tf32 "],
+    "out_of_range_global": ["out of range: write 'y' ", " of 5600 numbers "],
+    "race_between_blocks": ["race: write/write 'h_n' ", " (block ", " and thread ", " (block "],
+    "race_over_global": ["race: write/write 'h_n' ", " and thread ", " (block "],
+    "exited_thread": ["divergence: ", " has left the kernel", " (block 2)"],
+    "misaligned_vector": ["misaligned: read 'out' 16 bytes at number "],
+}
+
+
+def says(line: str, parts: list[str]) -> bool:
+    """Whether the line starts with the first part and holds the others after it, in this order."""
+    if not line.startswith(parts[0]):
+        return False
+    at = 0
+    for part in parts:
+        at = line.find(part, at)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_reported_in_every_order(bug, order, set_executor):
+    x, u = recurrent_arguments()
+    for seed in range(4):
+        set_executor(order=order, seed=seed)
+        found = report(ops().recurrent, x, u, None, bug)
+        assert found[:1] == ["kernel recurrent:"], found
+        assert any(says(line, BUGS[bug]) and "test_kernels.cu:" in line for line in found), found
+
+
+def test_a_launch_after_a_failed_one_is_clean(order):
+    x, u = recurrent_arguments()
+    for bug in BUGS:
+        assert report(ops().recurrent, x, u, None, bug)
+        assert not report(ops().recurrent, x, u, None, "none")
+
+
+def test_a_race_is_reported_once_for_each_pair_of_places():
+    x, u = recurrent_arguments(steps=50)
+    found = report(ops().recurrent, x, u, None, "missing_syncwarp")
+    assert len(found) == len(set(found)) <= 4
+
+
+# The rule by which races are found, against its definition
+
+
+READ, WRITE, READ_GLOBAL, WRITE_GLOBAL, WRITE_HALF, SYNC_WARP, SYNC_BLOCK, COPY, WAIT = range(9)
+LONE_SYNC_WARP, LONE_SYNC_BLOCK, LEAVE = range(9, 12)
+Step = tuple[int, int, int, int]  # block, thread, action, number
+NUMBERS, THREADS, BLOCKS = 8, 64, 2
+
+
+class Touch(NamedTuple):
+    """An access to a number in the course of steps begin..end; a copy that nobody waits for has no end."""
+
+    begin: int
+    end: float
+    block: int
+    thread: int
+    number: tuple[str, int, int]
+    writes: bool
+
+
+def touches(steps: list[Step]) -> list[Touch]:
+    result = []
+
+    def touch(begin: int, end: float, memory: str, halves: range, writes: bool) -> None:
+        block, thread, _, _ = steps[begin]
+        where = block if memory == "shared" else 0
+        result.extend(Touch(begin, end, block, thread, (memory, where, half), writes) for half in halves)
+
+    for i, (block, thread, action, number) in enumerate(steps):
+        whole = range(2 * number, 2 * number + 2)
+        if action in (READ, WRITE):
+            touch(i, i, "shared", whole, action == WRITE)
+        if action in (READ_GLOBAL, WRITE_GLOBAL):
+            touch(i, i, "global", whole, action == WRITE_GLOBAL)
+        if action == WRITE_HALF:
+            touch(i, i, "global", range(number, number + 1), True)
+        if action == COPY:
+            waits = [j for j in range(i, len(steps)) if steps[j][:3] == (block, thread, WAIT)]
+            four = range(2 * number, 2 * number + 8)
+            touch(i, i, "global", four, False)
+            touch(i, min(waits, default=math.inf), "shared", four, True)
+    return result
+
+
+def happens_before(a: Touch, b: Touch, steps: list[Step]) -> bool:
+    if a.end > b.begin or a.block != b.block:
+        return False
+    between = [(thread, action) for block, thread, action, _ in steps[int(a.end) : b.begin] if block == a.block]
+    return (
+        a.thread == b.thread
+        or any(action == SYNC_BLOCK for _, action in between)
+        or any(action == SYNC_WARP and thread // 32 == a.thread // 32 == b.thread // 32 for thread, action in between)
+    )
+
+
+def is_right(steps: list[Step]) -> bool:
+    """Accesses to one number, one of them a write, are ordered, and shared memory is written before it is read."""
+    seen: list[Touch] = []
+    for b in touches(steps):
+        before = [a for a in seen if a.number == b.number]
+        if any((a.writes or b.writes) and not happens_before(a, b, steps) for a in before):
+            return False
+        if b.number[0] == "shared" and not b.writes and not any(a.writes for a in before):
+            return False
+        seen.append(b)
+    return True
+
+
+def random_steps(draw: random.Random) -> list[Step]:
+    """Few numbers and threads, so that they meet; more barriers than chance would give, so that half of all cases are right."""
+    steps = []
+    for _ in range(draw.randrange(2, 14)):
+        action = draw.choice([*range(READ, WAIT + 1), READ_GLOBAL, SYNC_WARP, SYNC_BLOCK])
+        number = draw.choice({COPY: [0, 4], WRITE_HALF: [1, 10, 11]}.get(action, [0, 5]))
+        steps.append((draw.choice([0, 0, 0, 1]), draw.choice([0, 1, 32]), action, number))
+        if action == COPY and draw.random() < 0.7:
+            steps.append((*steps[-1][:2], WAIT, 0))
+    return (
+        [(block, 0, WRITE, number) for block in range(BLOCKS) for number in (0, 5)] * draw.randrange(2)
+        + [(block, 0, SYNC_BLOCK, 0) for block in range(BLOCKS)]
+        + steps
+    )
+
+
+def test_steps_are_reported_if_and_only_if_they_race(order, set_executor):
+    draw = random.Random(order)
+    counts = {True: 0, False: 0}
+    for seed in range(4000):
+        set_executor(order=order, seed=seed)
+        steps = random_steps(draw)
+        found = report(ops().perform, torch.tensor(steps), torch.zeros(NUMBERS), BLOCKS, THREADS)
+        right = is_right(steps)
+        assert bool(found) != right, (steps, found)
+        counts[right] += 1
+    assert min(counts.values()) > 1000, counts
+
+
+@pytest.mark.parametrize(
+    "steps, line",
+    [
+        ([(0, 3, WRITE, 1), (0, 40, WRITE, 1)], ["race: write/write 'shared' ", "thread ", " and thread ", " (block 0)"]),
+        ([(0, 3, READ, 1)], ["unwritten: read 'shared' ", ", thread 3 (block 0)"]),
+        ([(0, 3, READ, 8)], ["out of range: read 'shared' [8, 9) of 8 numbers ", ", thread 3 (block 0)"]),
+        ([(0, 3, WRITE_GLOBAL, -1)], ["out of range: write 'numbers' [-1, 0) of 8 numbers ", ", thread 3 (block 0)"]),
+        ([(0, 3, COPY, 1)], ["misaligned: read 'numbers' 16 bytes at number 1 ", ", thread 3 (block 0)"]),
+        ([(0, 3, COPY, 8)], ["out of range: read 'numbers' [8, 12) of 8 numbers ", ", thread 3 (block 0)"]),
+        ([(1, 3, WRITE_GLOBAL, 1), (0, 3, READ_GLOBAL, 1)], ["race: ", " 'numbers' ", "thread 3 (block ", " and thread 3 (block "]),
+    ],
+)  # fmt: skip
+def test_a_report_says_what_where_and_who(steps, line, order):
+    found = report(ops().perform, torch.tensor(steps), torch.zeros(NUMBERS), BLOCKS, THREADS)
+    assert found[0] == "kernel perform:" and len(found) == 2
+    assert says(found[1], line), found
+
+
+@pytest.mark.parametrize(
+    "steps, who",
+    [
+        ([(0, 3, LONE_SYNC_WARP, 0)], ["thread 3 waits in sync_warp ", " has left the kernel"]),
+        ([(0, 3, LONE_SYNC_BLOCK, 0)], ["thread 3 waits in sync_block ", " has left the kernel"]),
+        ([(0, 3, LONE_SYNC_WARP, 0), (0, 0, SYNC_BLOCK, 0)], ["thread 3 waits in sync_warp ", " waits in sync_block "]),
+        ([(0, 3, LONE_SYNC_WARP, 0), (0, 0, SYNC_WARP, 0)], ["thread 3 waits in sync_warp ", " waits in sync_warp "]),
+        (
+            [(0, 3, LONE_SYNC_BLOCK, 0), (0, 0, SYNC_BLOCK, 0)],
+            ["thread 3 waits in sync_block ", " waits in sync_block "],
+        ),
+        ([(0, 3, LEAVE, 0), (0, 0, SYNC_BLOCK, 0)], ["thread 3 has left the kernel", " waits in sync_block "]),
+        ([(0, 3, LEAVE, 0), (0, 0, SYNC_WARP, 0)], ["thread 3 has left the kernel", " waits in sync_warp "]),
+    ],
+)
+def test_threads_that_wait_in_vain_are_reported(steps, who, order, set_executor):
+    for seed in range(4):
+        set_executor(order=order, seed=seed)
+        found = report(ops().perform, torch.tensor(steps), torch.zeros(NUMBERS), BLOCKS, THREADS)
+        assert len(found) == 2 and says(found[1], ["divergence: thread ", ", thread "]), found
+        first, second = found[1].split(", ")
+        assert (who[0] in first and who[1] in second) or (who[0] in second and who[1] in first), found
+
+
+def test_a_thread_may_leave_when_nobody_waits_for_it_any_more(order):
+    steps = torch.tensor([(0, 0, SYNC_BLOCK, 0), (0, 3, LEAVE, 0), (0, 5, WRITE, 0), (0, 40, SYNC_WARP, 0)])
+    ops().perform(steps, torch.zeros(NUMBERS), BLOCKS, THREADS)
+
+
+def test_memory_out_of_range_is_not_touched():
+    numbers = torch.zeros(3 * NUMBERS)
+    steps = torch.tensor([(0, 0, WRITE_GLOBAL, k) for k in range(-NUMBERS, 2 * NUMBERS)])
+    assert report(ops().perform, steps, numbers[NUMBERS : 2 * NUMBERS], 1, 32)
+    assert numbers.tolist() == [0.0] * NUMBERS + [1.0] * NUMBERS + [0.0] * NUMBERS
+
+
+def test_without_checks_races_are_not_looked_for_but_bounds_are(set_executor):
+    set_executor(check=False)
+    race = torch.tensor([(0, 3, WRITE, 1), (0, 40, WRITE, 1)])
+    assert not report(ops().perform, race, torch.zeros(NUMBERS), 1, THREADS)
+    assert report(ops().perform, torch.tensor([(0, 3, READ, 8)]), torch.zeros(NUMBERS), 1, THREADS)
+
+
+# Orders of threads
+
+
+def turns(blocks=1, threads=128):
+    return ops().turns(blocks, threads).tolist()
+
+
+def test_threads_run_in_the_order_asked_for(set_executor):
+    set_executor(order="in_order", check=False)
+    assert turns(blocks=2) == list(range(256))
+    set_executor(order="reverse", check=False)
+    assert turns(blocks=2) == list(range(255, -1, -1))
+    set_executor(order="skewed", check=False)
+    warps = [thread // 32 for thread in turns()]
+    assert warps == sorted(warps, key=warps.index) and sorted(warps[::32]) == [0, 1, 2, 3]
+    set_executor(order="shuffled", check=False)
+    order = turns()
+    assert sorted(order) == list(range(128)) and len({abs(a - b) for a, b in itertools.pairwise(order)}) > 20
+
+
+@pytest.mark.parametrize("order", ["shuffled", "skewed"])
+def test_a_seed_fixes_the_order_and_another_seed_gives_another(order, set_executor):
+    drawn = []
+    for seed in (1, 1, 2):
+        set_executor(order=order, seed=seed, check=False)
+        drawn.append(turns(blocks=4, threads=256))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+# Launch
+
+
+def test_every_thread_of_a_grid_knows_its_place(order):
+    x, y, z, threads = 3, 2, 2, 64
+    got = ops().indices(x, y, z, threads)
+    thread = torch.arange(threads).expand(z, y, x, threads)
+    at = [torch.arange(n) for n in (z, y, x)]
+    block_z, block_y, block_x = (i[..., None].expand(z, y, x, threads) for i in torch.meshgrid(*at, indexing="ij"))
+    everywhere = torch.full((z, y, x, threads), threads)
+    expected = [thread, everywhere, thread % 32, thread // 32, everywhere // 32, block_x, block_y, block_z]
+    assert torch.equal(got, torch.stack(expected, dim=-1))
+
+
+@pytest.mark.parametrize("grid", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_a_grid_without_blocks_runs_nothing(grid):
+    assert ops().indices(*grid, 32).numel() == 0
+    ops().launch_nothing(*grid, 0, 1 << 40)  # nor does it look at the rest
+
+
+@pytest.mark.parametrize(
+    "grid, message",
+    [
+        ((2**31, 1, 1, 32, 0), "nothing: grid.x must be in 1..2147483647, got 2147483648"),
+        ((-1, 1, 1, 32, 0), "nothing: grid.x must be in 1..2147483647, got -1"),
+        ((1, 65536, 1, 32, 0), "nothing: grid.y must be in 1..65535, got 65536"),
+        ((1, 1, 65536, 32, 0), "nothing: grid.z must be in 1..65535, got 65536"),
+        ((1, 1, 1, 0, 0), "nothing: threads of a block must be in 32..1024, got 0"),
+        ((1, 1, 1, 1056, 0), "nothing: threads of a block must be in 32..1024, got 1056"),
+        ((1, 1, 1, 48, 0), "nothing: threads of a block must be a multiple of 32, got 48"),
+        ((1, 1, 1, 32, 232449), "nothing: bytes of shared memory must be in 0..232448, got 232449"),
+        ((1, 1, 1, 32, -1), "nothing: bytes of shared memory must be in 0..232448, got -1"),
+    ],
+)
+def test_launch_refuses_what_no_device_can_run(grid, message):
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        ops().launch_nothing(*grid)
+
+
+def test_launch_knows_the_shared_memory_of_its_device(set_executor):
+    set_executor(shared_bytes=1000)
+    ops().launch_nothing(1, 1, 1, 32, 1000)
+    with pytest.raises(RuntimeError, match=r"nothing: bytes of shared memory must be in 0\.\.1000, got 1001"):
+        ops().launch_nothing(1, 1, 1, 32, 1001)
+
+
+def test_an_arena_holds_what_the_launch_asked_for():
+    ops().take(100, 400)
+    ops().take(97, 400)  # 388 bytes, of which the next piece would begin at 400
+    message = "shared memory: 'taken' ends at byte 400, the launch asked for 388, thread 0 (block 0)"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        ops().take(97, 388)
+
+
+def test_what_a_kernel_requires_reaches_the_caller(order):
+    ops().require_not_negative(torch.arange(1000))
+    numbers = torch.arange(1000)
+    numbers[777] = -5
+    message = "numbers must not be negative: got -5 at row 777, thread 9 (block 12)"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        ops().require_not_negative(numbers)
+    ops().require_not_negative(torch.arange(1000))
+
+
+def test_launches_from_several_threads_do_not_mix():
+    x, u = recurrent_arguments()
+    expected = ops().recurrent(x, u, None, "none")
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: ops().recurrent(x, u, None, "none"), range(20)))
+        failed = list(pool.map(lambda bug: report(ops().recurrent, x, u, None, bug), BUGS))
+    for result in results:
+        assert_close(result, expected, tolerance=0)
+    assert all(failed)
+
+
+# Moving numbers
+
+
+@pytest.mark.parametrize(
+    "dtype, numbers",
+    [(torch.bfloat16, n) for n in (1, 2, 4, 8)] + [(torch.float32, n) for n in (1, 2, 4)] + [(torch.float64, n) for n in (1, 2)],
+)  # fmt: skip
+def test_numbers_move_alone_and_in_vectors(dtype, numbers, order):
+    for count in (1, 63, 64, 65, 1000):
+        x = torch.randn(count * numbers).to(dtype)
+        assert torch.equal(ops().move(x, numbers), x)
+
+
+def test_vectors_must_be_aligned():
+    x = torch.randn(9)[1:]
+    assert says(report(ops().move, x, 4)[1], ["misaligned: read 'in' 16 bytes at number 0 "])
+    assert torch.equal(ops().move(x, 1), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [4, 128, 132, 1000])
+def test_copies_are_there_when_waited_for_whenever_they_happen(dtype, count, order, set_executor):
+    x = torch.randn(count, dtype=dtype)
+    for seed in range(4):
+        set_executor(order=order, seed=seed)
+        assert torch.equal(ops().copy_in_groups(x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32, torch.int64])
+def test_shuffle_gives_the_value_of_the_other_lane(dtype, order):
+    x = torch.randint(-(2**31), 2**31 - 1, (32,)).to(dtype)
+    for mask in range(32):
+        assert torch.equal(ops().shuffle(x, mask), x[torch.arange(32) ^ mask])
+
+
+# Formats
+
+
+ALL_16_BITS = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+
+
+def assert_same_numbers(actual, expected):
+    """Bit for bit, but for the payload of a NaN."""
+    assert torch.equal(actual.isnan(), expected.isnan())
+    bits = {2: torch.int16, 4: torch.int32}[expected.element_size()]
+    assert torch.equal(actual[~actual.isnan()].view(bits), expected[~expected.isnan()].view(bits))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_is_read_and_written_back(dtype):
+    numbers = ALL_16_BITS.view(dtype)
+    assert_same_numbers(ops().to_compute(numbers), numbers.float())
+    assert_same_numbers(ops().to_storage(numbers.float(), dtype == torch.bfloat16), numbers)
+
+
+def awkward_floats(dtype):
+    """Each number of the dtype, what lies halfway to the next, and the floats on both sides of it; and random bits."""
+    at = ALL_16_BITS.view(dtype).float()
+    at = at[at.isfinite()].sort().values
+    halfway = ((at[1:].double() + at[:-1].double()) / 2).float()
+    limits = torch.tensor(
+        [math.inf, -math.inf, math.nan, -math.nan, 3.4e38, -3.4e38, 65519.99, 65520.0, 65536.0, 1e-45, -0.0]
+    )
+    drawn = torch.randint(-(2**31), 2**31 - 1, (100000,), dtype=torch.int32).view(torch.float32)
+    beside = [halfway.nextafter(torch.tensor(to)) for to in (math.inf, -math.inf)]
+    return torch.cat([at, halfway, *beside, limits, drawn])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_storage_rounds_as_torch_does(dtype):
+    x = awkward_floats(dtype)
+    assert_same_numbers(ops().to_storage(x, dtype == torch.bfloat16), x.to(dtype))
+
+
+def test_tf32_keeps_ten_bits_and_rounds_ties_away_from_zero():
+    bits = torch.randint(-(2**31), 2**31 - 1, (100000,), dtype=torch.int32)
+    bits[:50000] = bits[:50000] // 2**12 * 2**12  # half of these are ties
+    x = bits.view(torch.float32)
+    x = x[x.isfinite() & (x.abs() < 3.4e38)]
+    got = ops().apply("to_tf32", x, None)
+    mantissa, exponent = x.double().frexp()
+    scaled = mantissa * 2**11
+    rounded = torch.copysign((scaled.abs() + 0.5).floor(), scaled)
+    normal = x.abs() >= 2.0**-126
+    assert torch.equal(got[normal].double(), torch.ldexp(rounded, exponent - 11)[normal])
+    assert not (got.view(torch.int32) & 0x1FFF).any()
+    steps = x[~normal].double() / 2.0**-136  # below, 2^-136 is one step
+    assert torch.equal(got[~normal].double(), torch.copysign((steps.abs() + 0.5).floor(), steps) * 2.0**-136)
+    limits = torch.tensor([math.inf, -math.inf, 0.0, -0.0, math.nan])
+    assert_same_numbers(ops().apply("to_tf32", limits, None), limits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name, function", [("exp_exact", torch.exp), ("tanh_exact", torch.tanh)])
+def test_exact_functions_are_torchs(name, function, dtype):
+    x = torch.cat([torch.linspace(-100, 100, 2001, dtype=dtype), torch.tensor([math.inf, -math.inf], dtype=dtype)])
+    torch.testing.assert_close(ops().apply(name, x, None), function(x), rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_approximate_functions_are_close():
+    x, y = torch.linspace(-80, 80, 2001), torch.linspace(0.1, 100, 2001)
+    torch.testing.assert_close(ops().apply("exp_approx", x, None), x.double().exp().float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(ops().apply("divide_approx", x, y), x / y, rtol=3e-7, atol=0)
+
+
+# Matrix units
+
+
+def operands(dtype, depth):
+    a, b = torch.randn(16, depth).to(dtype), torch.randn(depth, 8).to(dtype)
+    if dtype == torch.float32:
+        a, b = (ops().apply("to_tf32", x, None) for x in (a, b))
+    return a, b, torch.randn(16, 8)
+
+
+@pytest.mark.parametrize("dtype, depth", [(torch.float32, 8), (torch.bfloat16, 16), (torch.float16, 16)])
+def test_mma_is_a_matrix_product(dtype, depth, order):
+    for _ in range(10):
+        a, b, d = operands(dtype, depth)
+        expected = d.double() + a.double() @ b.double()
+        assert_close([ops().mma(a, b, d).double()], [expected], tolerance=depth * 2.0**-23)
+
+
+@pytest.mark.parametrize("dtype, depth", [(torch.float32, 8), (torch.bfloat16, 16), (torch.float16, 16)])
+def test_mma_puts_each_number_of_each_fragment_where_it_belongs(dtype, depth):
+    """Unit matrices: each result is one number of a or b, exactly."""
+    a, b, zero = (
+        (torch.arange(16 * depth) % 128).reshape(16, depth).to(dtype),
+        torch.eye(depth).to(dtype),
+        torch.zeros(16, 8),
+    )
+    for k in range(0, depth, 8):
+        assert torch.equal(ops().mma(a, b[:, k : k + 8].contiguous(), zero), a[:, k : k + 8].float())
+    b = torch.arange(8 * depth).reshape(depth, 8).to(dtype)
+    unit = torch.eye(16)[:, :depth].to(dtype)
+    assert torch.equal(ops().mma(unit, b, zero)[:depth], b.float())
+
+
+def test_mma_passes_nan_and_infinity_on(order):
+    for value in (math.nan, math.inf):
+        a, b, d = torch.ones(16, 8), torch.ones(8, 8), torch.zeros(16, 8)
+        a[3, 5] = value
+        expected = torch.full((16, 8), 8.0)
+        expected[3] = value
+        assert_same_numbers(ops().mma(a, b, d), expected)
+
+
+def test_unrounded_operands_are_reported():
+    a, b, d = operands(torch.float32, 8)
+    bad = torch.tensor(1.0 + 2**-23)
+    for operand, name in ((a, "a"), (b, "b")):
+        before = operand[3, 4].clone()
+        operand[3, 4] = bad
+        assert says(report(ops().mma, a, b, d)[1], [f"unrounded: {name} = 1.000000 of mma_m16n8k8_tf32 "])
+        operand[3, 4] = before
+    assert not report(ops().mma, a, b, d)
