@@ -19,10 +19,10 @@ from bench.results import PER_SECOND, Target
 from bench.rivals import COMPILED, LOOP, Recurrence
 
 OURS = {"dien_ops": rivals.ours}
-FROM_A_GRAPH = "dien_ops from a graph"
-LOOP_FROM_A_GRAPH = "Python loop from a graph"
+FROM_A_GRAPH = "dien_ops, graph"
+LOOP_FROM_A_GRAPH = f"{LOOP}, graph"
 GRAPHS = FROM_A_GRAPH, LOOP_FROM_A_GRAPH  # their memory is taken before the call
-CUDNN = {torch.float32: "nn.GRU", torch.bfloat16: "nn.GRU in float16"}  # the rival that design targets are against
+CUDNN = {torch.float32: "nn.GRU", torch.bfloat16: "nn.GRU, float16"}  # the rival that targets are against
 COMPILE_SECONDS = 60.0
 
 LATENCY = Recurrence(16, 1000, 8, 8, device="cuda")
@@ -88,7 +88,7 @@ def measure_augru(bench, p: Recurrence, targets=()) -> None:
 
 
 def without(cudnn: str) -> str:
-    return f"{cudnn}, without attention"
+    return f"{cudnn}, no attention"
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["forward", "forward and backward"])

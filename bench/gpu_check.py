@@ -26,9 +26,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from threading import Thread
 from typing import TextIO
 
@@ -286,7 +288,7 @@ def rows_of_section(rows: Sequence[Row]) -> str:
         lines.append(
             [
                 row.case,
-                seconds(sorted(ours.seconds)[len(ours.seconds) // 2]),
+                seconds(median(ours.seconds)),
                 *(f"{three_digits(row.ratio(r))}x" if r in row.timings else "" for r in rivals),
                 share_cell(row.share_of_ceiling()),
                 share_cell(row.share_of_copy()),
@@ -306,7 +308,8 @@ def summary(checks: Sequence[Check], run: Run | None) -> str:
         parts[0] = f"{run.machine['gpu']['name']}, commit {run.commit}\n{parts[0]}"
         for section in dict.fromkeys(row.section for row in run.rows):
             parts.append(f"{section}\n{rows_of_section([r for r in run.rows if r.section == section])}")
-        missing = [f"{row.case}, {rival}: {why}" for row in run.rows for rival, why in row.absent.items()]
+        absent = Counter((rival, why) for row in run.rows for rival, why in row.absent.items())
+        missing = [f"{rival}, in {count} row{'s' * (count > 1)}: {why}" for (rival, why), count in absent.items()]
         missing += [f"{n.section}, {n.case}: not measured: {n.reason}" for n in run.not_run]
         parts += ["\n".join(missing)] if missing else []
     failed = [c.name for c in checks if not c.passed]

@@ -48,7 +48,7 @@ def time_cell(timing: Timing) -> str:
 def rival_cell(row: Row, rival: str) -> str:
     if rival in row.timings:
         ratio = row.ratio(rival)
-        slower = ", we are slower" if ratio < 1 and not rival.startswith(row.ours) else ""
+        slower = ", we are slower" if ratio < 1 else ""
         return f"{time_cell(row.timings[rival])}: {three_digits(ratio)}x{slower}"
     return row.absent.get(rival, "")
 
@@ -137,7 +137,7 @@ MEASURED_HERE = (
 )
 MEASURED_ON_A_GPU = (
     "Times: median [20th, 80th percentile] of one call between two events of the GPU, its L2 cache full of other data; "
-    "where it waits for the host, that counts, and `from a graph` says what remains where it does not. In each round "
+    "where it waits for the host, that counts, but who is replayed from a CUDA graph need not wait. In each round "
     "every contestant is timed once, in random order. Ratios: how many times as fast ours is, median of the rounds. "
     f"Of {CEILING}: share of the rate of a large matrix product of the same dtype in the same rounds, tf32's for "
     f"float32. Of {COPY}: share of a large copy's rate, if a call moves no byte that it need not. A step: the time "

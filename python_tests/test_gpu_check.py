@@ -283,7 +283,7 @@ def test_the_table_has_the_stages_the_rows_and_what_is_missing(folders, capsys):
         "verdict",
     ]
     assert lines[begin + 2].split() == ["B2", "T3", "1", "ms", "3x", "1.00", "1.00", "100", "µs", "reached"]
-    assert "B2 T3, torch.compile of it: left out" in lines
+    assert "torch.compile of it, in 1 row: left out" in lines
     assert "AUGRU, forward, B6 T7: not measured: the time was used up" in lines
     assert lines[-1] == f"FAILED: {', '.join(gpu_check.TOOLS)}"
 
