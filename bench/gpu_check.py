@@ -139,8 +139,11 @@ def pytest(*arguments: str) -> list[str]:
 
 
 def on_device(*arguments: str) -> list[str]:
-    side_by_side = ["-n", str(TEST_PROCESSES)] if importlib.util.find_spec("xdist") else []
-    return pytest("--device", "cuda", "--tb=short", "-rfE", "--durations=5", *side_by_side, *arguments)
+    return pytest("--device", "cuda", "--tb=short", "-rfE", "--durations=5", *arguments)
+
+
+def side_by_side() -> list[str]:
+    return ["-n", str(TEST_PROCESSES)] if importlib.util.find_spec("xdist") else []
 
 
 def sanitized(tool: str) -> list[str]:
@@ -174,7 +177,7 @@ def stages(architecture: str, result: Path) -> list[Stage]:
             if primitives
             else []
         ),
-        Stage("tests", lambda _: on_device(*tests), judge_tests, 150, one_thread),
+        Stage("tests", lambda _: on_device(*side_by_side(), *tests), judge_tests, 150, one_thread),
         *(
             Stage(tool, lambda _, tool=tool: sanitized(tool), judge_sanitizer, limit, one_by_one, shown="=====")
             for tool, limit in TOOLS.items()
