@@ -8,6 +8,7 @@
 #
 # nvcc is taken from CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, in this order.
 
+set(OLDEST_CMAKE 3.25.2)  # knows C++20 of nvcc, and 90a
 set(OLDEST_NVCC 12.0)  # C++20
 set(LOWEST_CAPABILITY 8.0)  # asynchronous copies, tf32 and bfloat16 matrix products
 set(DEFAULT_ARCHITECTURES 80-real 90a-real 90-virtual)  # PTX of 90, for every later GPU: that of 90a would run on no other
@@ -78,6 +79,9 @@ if(DIEN_OPS_CUDA STREQUAL "off")
   return()
 endif()
 
+if(CMAKE_VERSION VERSION_LESS OLDEST_CMAKE)
+  no_cuda("CMake is version ${CMAKE_VERSION}, and the CUDA kernels need ${OLDEST_CMAKE}")
+endif()
 unset(NVCC CACHE)  # looked for anew each time: toolkits come and go
 if(NOT "$ENV{CUDACXX}" STREQUAL "")
   find_program(NVCC "$ENV{CUDACXX}")
@@ -95,7 +99,7 @@ if(NOT NVCC_VERSION MATCHES "release [0-9.]+, V([0-9.]+)")
 endif()
 set(NVCC_VERSION "${CMAKE_MATCH_1}")
 if(NVCC_VERSION VERSION_LESS OLDEST_NVCC)
-  no_cuda("${NVCC} is version ${NVCC_VERSION}, and the kernels need ${OLDEST_NVCC}")
+  no_cuda("${NVCC} is version ${NVCC_VERSION}, and the CUDA kernels need ${OLDEST_NVCC}")
 endif()
 
 set(native "")

@@ -103,7 +103,7 @@ def test_off_builds_none_and_looks_at_nothing(tmp_path):
     "options, reason",
     [
         ({"nvcc": None}, "missing, which is not there"),
-        ({"nvcc": "11.8"}, "is version 11.8.88, and the kernels need 12.0"),
+        ({"nvcc": "11.8"}, "is version 11.8.88, and the CUDA kernels need 12.0"),
         ({"arch_list": "native"}, "TORCH_CUDA_ARCH_LIST=native, and nvidia-smi shows no GPU of compute capability 8.0"),
         ({"arch_list": "7.0 7.5"}, "has no compute capability of 8.0 or above"),
     ],
