@@ -245,7 +245,7 @@ def _run(
         input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh = map(
             cast, (input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh)
         )
-    _checks.supported("input", input, _checks.ANY_PRECISION)
+    _checks.supported("input", input, _checks.ANY_PRECISION, cuda_kernels=True)
     _checks.rank("input", input, 3)
     _checks.tensor("weight_ih", weight_ih)
     _checks.tensor("weight_hh", weight_hh)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import dien_ops
-from dien_ops import functional, reference
+from dien_ops import _library, functional, reference
 from helpers import (
     assert_at_most_twice_torchs_error,
     assert_close,
@@ -506,8 +506,29 @@ def test_bad_input_is_named(arguments, error, message):
         changed(**arguments)
 
 
-def test_a_cuda_tensor_is_told_that_there_are_no_cuda_kernels():
+def on_cuda():
+    """Fake tensors: they need neither a GPU nor a torch with CUDA."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(), pytest.raises(RuntimeError, match=r"input is on cuda:0.*no CUDA kernels.*\.cpu\(\)"):
-        functional.gru(*(torch.empty(sizes, device="cuda") for sizes in [(2, 4, 3), (15, 3), (15, 5)]))
+    with FakeTensorMode():
+        return functional.gru(*(torch.empty(sizes, device="cuda") for sizes in [(2, 4, 3), (15, 3), (15, 5)]))
+
+
+def test_a_cuda_tensor_is_told_why_the_cuda_kernels_are_not_loaded(monkeypatch):
+    monkeypatch.setattr(_library, "_cuda_problem", "the reason")
+    with pytest.raises(RuntimeError, match=r"input is on cuda:0, and the reason\..*\.cpu\(\)"):
+        on_cuda()
+
+
+def test_a_cuda_tensor_is_told_why_its_gpu_cannot_run_the_kernels(monkeypatch):
+    monkeypatch.setattr(_library, "_cuda_problem", None)
+    monkeypatch.setattr(_library, "_capability", lambda index: (7, 5))
+    with pytest.raises(RuntimeError, match=r"input is on cuda:0, and this GPU has compute capability 7\.5"):
+        on_cuda()
+
+
+def test_where_the_cuda_kernels_are_loaded_a_cuda_tensor_is_taken(monkeypatch):
+    monkeypatch.setattr(_library, "_cuda_problem", None)
+    monkeypatch.setattr(_library, "_capability", lambda index: None)
+    output, h_n = on_cuda()
+    assert output.device == h_n.device == torch.device("cuda", 0) and output.shape == (2, 4, 5)
