@@ -202,7 +202,7 @@ def autocast_enabled(input: Tensor) -> bool:
     return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
-@torch._dynamo.assume_constant_result  # as it is while compiling: the compiler does not look into torch.backends
+@torch.compiler.assume_constant_result  # as it is while compiling: the compiler does not look into torch.backends
 def _tf32_is_allowed() -> bool:
     rnn: Any = torch.backends.cudnn.rnn
     return bool(rnn.fp32_precision == "tf32")

@@ -27,6 +27,7 @@ DIEN_OPS_DEVICE int64_t element_index() { return block_index() * kThreads + thre
 
 // ---------------------------------------------------------------------------------------------------------- the plan
 
+// stack allowed: 24 bytes (the arguments of the printf that names a wrong length)
 template <typename Int>
 DIEN_OPS_KERNEL(kThreads)
 void check_lengths(gmem<const Int> lengths, int64_t batch, int64_t steps, gmem<int64_t> checked) {
@@ -494,9 +495,9 @@ DIEN_OPS_INSTANTIATE(double)
 DIEN_OPS_INSTANTIATE(BFloat16)
 DIEN_OPS_INSTANTIATE(Half)
 
-#define DIEN_OPS_INSTANTIATE_PACK(...)                                                                                        \
-    template void pack<__VA_ARGS__>(Stream, const gmem<const __VA_ARGS__::Storage>&, const PackedWeight&, const PackedOrder&, \
-                                    const gmem<__VA_ARGS__::Operand>&);
+#define DIEN_OPS_INSTANTIATE_PACK(Math)                                                                         \
+    template void pack<Math>(Stream, const gmem<const Math::Storage>&, const PackedWeight&, const PackedOrder&, \
+                             const gmem<Math::Operand>&);
 DIEN_OPS_INSTANTIATE_PACK(ExactMath<float>)
 DIEN_OPS_INSTANTIATE_PACK(ExactMath<double>)
 DIEN_OPS_INSTANTIATE_PACK(Tf32Math)
