@@ -47,7 +47,7 @@ DIEN_OPS_KERNEL(kLargestState / kColumns * kWarp) void recurrent_kernel(Recurren
     for (int i = thread_index(); i < state; i += block_threads()) {
         const bool in_batch = i / H < rows;
         if (bug != Bug::unwritten_shared || i / H < kRows / 2) {
-            h.st(i, p.h0 && in_batch ? p.h0.ld(first_row * H + i) : 0.0f);
+            h.st(i, (p.h0 || bug == Bug::absent_buffer) && in_batch ? p.h0.ld(first_row * H + i) : 0.0f);
         }
         if (!in_batch) {  // no copy writes these
             x.st(i, 0.0f);
@@ -140,11 +140,12 @@ DIEN_OPS_KERNEL(1024) void perform_kernel(gmem<const int64_t> steps, gmem<float>
         if (action == Action::read_global) numbers.ld(number);
         if (action == Action::write_global) numbers.st(number, 1.0f);
         if (action == Action::write_half) halves.st(number, Half{0});
-        if (action == Action::copy) {
+        if (action == Action::copy || action == Action::copy_uncommitted) {
             copy_async16(shared, static_cast<int>(number), numbers, number);
-            copy_async_commit();
         }
+        if (action == Action::copy) copy_async_commit();
         if (action == Action::wait) copy_async_wait<0>();
+        if (action == Action::wait_for_all_but_one) copy_async_wait<1>();
         if (action == Action::lone_sync_warp) sync_warp();
         if (action == Action::lone_sync_block) sync_block();
         if (action == Action::leave) return;

@@ -29,6 +29,7 @@ enum class Bug {
     race_over_global,
     exited_thread,
     misaligned_vector,
+    absent_buffer,
 };
 
 // h_t = tanh(u h_{t-1} + x_t), the products in tf32.
@@ -66,6 +67,8 @@ enum class Action : int64_t {
     sync_block,
     copy,
     wait,
+    copy_uncommitted,
+    wait_for_all_but_one,
     lone_sync_warp,
     lone_sync_block,
     leave,

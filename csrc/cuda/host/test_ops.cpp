@@ -50,7 +50,8 @@ std::tuple<Tensor, Tensor> recurrent(const Tensor& x, const Tensor& u, const Opt
                                              {"race_between_blocks", Bug::race_between_blocks},
                                              {"race_over_global", Bug::race_over_global},
                                              {"exited_thread", Bug::exited_thread},
-                                             {"misaligned_vector", Bug::misaligned_vector}};
+                                             {"misaligned_vector", Bug::misaligned_vector},
+                                             {"absent_buffer", Bug::absent_buffer}};
     const int64_t T = x.size(0), B = x.size(1), H = x.size(2);
     check(T > 0 && H % 8 == 0 && H <= 64, "x must be [T, B, H] with T > 0 and H a multiple of 8 and at most 64");
     const Tensor dense_x = checked(x, "x", {T, B, H}, ScalarType::Float);
