@@ -208,7 +208,7 @@ def _tf32_is_allowed() -> bool:
     return bool(rnn.fp32_precision == "tf32")
 
 
-def _allow_tf32(input: Tensor) -> bool:
+def allow_tf32(input: Tensor) -> bool:
     """Whether products of float32 may round their operands to tf32: where nn.GRU's may."""
     return input.device.type == "cuda" and input.dtype == torch.float32 and _tf32_is_allowed()
 
@@ -227,8 +227,8 @@ def _run(
     batch_first: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Checks what all cells share and calls the operator; under autocast as nn.GRU on the CPU: the products take
-    autocast's dtype, the results that of the state, which is promoted to the other."""
+    """Checks what all cells share and calls the operator; under autocast as nn.GRU: the products take autocast's dtype,
+    and so do the results on CUDA. On the CPU they take that of the state, which is promoted to the other."""
     _checks.tensor("input", input)
     _checks.boolean("reset_after", reset_after)
     _checks.boolean("batch_first", batch_first)
@@ -236,7 +236,7 @@ def _run(
     kept = None
     if autocast_enabled(input):
         dtype = torch.get_autocast_dtype(input.device.type)
-        kept = torch.promote_types((hx if isinstance(hx, Tensor) else input).dtype, dtype)
+        kept = dtype if input.is_cuda else torch.promote_types((hx if isinstance(hx, Tensor) else input).dtype, dtype)
 
         def cast(x: Any) -> Any:
             eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
@@ -275,7 +275,7 @@ def _run(
     _checks.shape("hx", hx, [*rows, hidden], meaning)
     output, h_n, _ = _differentiable_gru(
         input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths,
-        gate, reset_after, batch_first, reverse, _allow_tf32(input), False,
+        gate, reset_after, batch_first, reverse, allow_tf32(input), False,
     )  # fmt: skip
     return (output, h_n) if kept is None else (output.to(kept), h_n.to(kept))
 
@@ -305,14 +305,16 @@ def gru(
 
     Args:
         input: [T, B, I], or [B, T, I] where batch_first; float32, float64, bfloat16 or float16, as all the others.
-            Under ``torch.autocast`` they are cast to its dtype, and the results are promoted to that of hx (of the
-            input where None).
+            Under ``torch.autocast`` they are cast to its dtype; on the CPU the results are promoted to that of hx (of
+            the input where None). On CUDA, float32 is multiplied as tf32 where nn.GRU's may be, see
+            ``torch.backends.cudnn.rnn.fp32_precision``.
         weight_ih: [3H, I], gates in the order r, z, n.
         weight_hh: [3H, H].
         bias_ih: [3H].
         bias_hh: [3H].
         hx: [B, H], the state before the first step; zeros where None.
-        lengths: [B], int32 or int64, each in 0..T, on the input's device.
+        lengths: [B], int32 or int64, each in 0..T, on the input's device. On CUDA nobody waits for them: one outside
+            of 0..T is a device-side assertion, which names it and ends the process's use of the GPU.
         batch_first: whether batch comes before time in input and output.
         reverse: run each sequence from its last valid step to its first.
         reset_after: False applies the reset gate before the product, ``n = tanh(W_n x + b_in + U_n (r h) + b_hn)``.

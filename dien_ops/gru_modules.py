@@ -100,8 +100,8 @@ class GRU(_Recurrent):
     * output as the input with N * H features, 0 behind a row's length; a PackedSequence where one came in
     * h_n as hx: each layer's and direction's state after its last valid step, hx where the length is 0
 
-    Under ``torch.autocast`` the products take autocast's dtype, and output and h_n have the dtype that nn.GRU's have on
-    the CPU: that of hx (of the input where None), promoted to autocast's.
+    Under ``torch.autocast`` the products take autocast's dtype, and output and h_n have the dtype that nn.GRU's have:
+    on CUDA autocast's, on the CPU that of hx (of the input where None), promoted to autocast's.
 
     ``torch.vmap`` over input, hx or lengths folds the mapped axis into the batch; over the weights, as for an ensemble,
     it makes one call for each. ``torch.func.grad`` and ``vmap(grad)`` work, the latter with one backward call for each

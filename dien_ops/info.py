@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import bisect
 import platform
+from typing import NamedTuple
 
 import torch
 
-from dien_ops import _C, _library
+from dien_ops import _C, _checks, _library
+from dien_ops.gru import allow_tf32
 
 
 def collect() -> dict[str, str]:
@@ -35,6 +38,54 @@ def collect() -> dict[str, str]:
     }
 
 
+class GRUResidence(NamedTuple):
+    """What of a recurrent CUDA kernel's memory stays on the chip for all steps.
+
+    A kernel is at its best where all its weights do; the others it reads from the L2 cache in every step. It is slow
+    where there is no room for the state, and right everywhere.
+    """
+
+    forward_weights: float  #: the share of weight_hh, 0 to 1
+    forward_state: bool
+    backward_weights: float
+    backward_state: bool
+
+
+def gru_residence(
+    hidden_size: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    reset_after: bool = True,
+    device: torch.device | str = "cuda",
+) -> GRUResidence:
+    """How the CUDA kernels of the recurrent operators run with this hidden size on this GPU.
+
+    float32 means tf32 where ``torch.backends.cudnn.rnn.fp32_precision`` allows it.
+
+    Raises:
+        RuntimeError: the CUDA kernels are not loaded, or do not run on the device.
+
+    Example:
+        >>> dien_ops.info.gru_residence(36)  # doctest: +SKIP
+        GRUResidence(forward_weights=1.0, forward_state=True, backward_weights=1.0, backward_state=True)
+    """
+    if torch.device(device).type != "cuda":
+        raise RuntimeError(f"device must be a CUDA device, got {device}")
+    like = torch.empty(0, dtype=dtype, device=device)
+    _checks.supported("device", like, _checks.ANY_PRECISION, cuda_kernels=True)
+    return _residence(like, hidden_size, reset_after)
+
+
+def _residence(like: torch.Tensor, hidden_size: int, reset_after: bool = True) -> GRUResidence:
+    return GRUResidence(*torch.ops.dien_ops.gru_residence(like, hidden_size, reset_after, allow_tf32(like)))
+
+
+def _largest_resident_size(like: torch.Tensor) -> int:
+    """The largest H of which all is on the chip, forward and backward."""
+    streamed = lambda hidden: _residence(like, hidden) != (1.0, True, 1.0, True)  # noqa: E731
+    return bisect.bisect_left(range(4096), True, lo=1, key=streamed) - 1
+
+
 def _operators(dispatch_key: str) -> str:
     registered = torch._C._dispatch_get_registrations_for_dispatch_key(dispatch_key)
     return ", ".join(sorted(x.removeprefix("dien_ops::") for x in registered if x.startswith("dien_ops::")))
@@ -44,8 +95,13 @@ def _gpus() -> dict[str, str]:
     facts = {}
     for index in range(torch.cuda.device_count()):
         name, (major, minor) = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-        problem = None if _library.cuda_problem() else _library.gpu_problem(torch.device("cuda", index))
+        device = torch.device("cuda", index)
+        problem = None if _library.cuda_problem() else _library.gpu_problem(device)
         facts[f"cuda:{index}"] = f"{name}, compute capability {major}.{minor}" + (f": {problem}" if problem else "")
+        if not problem and not _library.cuda_problem():
+            likes = (torch.empty(0, dtype=dtype, device=device) for dtype in _checks.ANY_PRECISION)
+            sizes = (f"{_largest_resident_size(x)} in {str(x.dtype).removeprefix('torch.')}" for x in likes)
+            facts[f"cuda:{index}, GRU wholly on the chip"] = f"H up to {', '.join(sizes)}; slower beyond"
     return facts or {"GPU": "none visible"}
 
 

@@ -40,6 +40,13 @@ def _set_executor(config, order=None, seed=None, check=True, multiprocessors=4, 
     )
 
 
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--host-executor") or config.getoption("--device") != "cpu":
+        for item in items:
+            if item.get_closest_marker("cpu_kernels"):
+                item.add_marker(pytest.mark.skip(reason="tests the CPU kernels"))
+
+
 @pytest.fixture(autouse=True)
 def _where_kernels_run(request):
     """With --host-executor, the CUDA kernels on the CPU in the place of its own; with --device, everything on that device."""

@@ -28,9 +28,12 @@ def spread_lengths(batch: int, steps: int) -> Tensor:
 
 def gradients(outputs: Sequence[Tensor], inputs: Iterable[Tensor | None]) -> list[Tensor]:
     """Gradients of a fixed random projection of all outputs, zeros where an input is not used."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     present = [x for x in inputs if x is not None]
-    projections = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in outputs]
+    projections = [
+        torch.randn(y.shape, generator=generator, dtype=torch.float64, device="cpu").to(y.device, y.dtype)
+        for y in outputs
+    ]
     used = [(y, p) for y, p in zip(outputs, projections, strict=True) if y.requires_grad]
     return list(
         torch.autograd.grad(

@@ -210,6 +210,7 @@ def check_saturation_and_nan() -> None:
 CHECKS = [check_all_cells, check_all_partial_vectors, check_all_16_bit_numbers, check_saturation_and_nan]
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same(capability, check):

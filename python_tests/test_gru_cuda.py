@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import dien_ops
+import dien_ops.info
 from dien_ops import functional, reference
 from helpers import assert_at_most_twice_torchs_error, assert_close, run_python
 from test_gru import CELLS, RESETS, Case, cells
@@ -25,7 +26,8 @@ LOW = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture
 def tf32(monkeypatch):
     """float32 means tf32."""
-    monkeypatch.setattr(dien_ops.gru, "_allow_tf32", lambda input: input.dtype == torch.float32)
+    for module in (dien_ops.gru, dien_ops.info):
+        monkeypatch.setattr(module, "allow_tf32", lambda input: input.dtype == torch.float32)
 
 
 def assert_same_bits(actual, expected):
@@ -77,8 +79,9 @@ def test_float32_is_rounded_to_tf32_only_where_that_is_allowed(monkeypatch):
     exact = case.to(torch.float64).results(reference)
     errors = []
     for allowed in (False, True):
-        monkeypatch.setattr(dien_ops.gru, "_allow_tf32", lambda input, allowed=allowed: allowed)
-        errors.append(max(float((a - e).abs().max()) for a, e in zip(case.results(functional), exact, strict=True)))
+        monkeypatch.setattr(dien_ops.gru, "allow_tf32", lambda input, allowed=allowed: allowed)
+        results = [x.detach() for x in case.results(functional)]
+        errors.append(max(float((a - e.detach()).abs().max()) for a, e in zip(results, exact, strict=True)))
     assert errors[0] < 1e-5 and 20 * errors[0] < errors[1]
 
 
@@ -127,6 +130,19 @@ def test_residence_shrinks_as_the_hidden_size_grows():
     for shares in zip(*found, strict=True):
         assert list(shares) == sorted(shares, reverse=True)
     assert found[3] == (1.0, True, 1.0, True) and found[-1] == (0.0, False, 0.0, False)
+
+
+@pytest.mark.parametrize("dtype", [*LOW, torch.float64], ids=str)
+def test_info_knows_the_largest_size_that_stays_on_the_chip(dtype, tf32):
+    like = torch.empty(0, dtype=dtype)
+    largest = dien_ops.info._largest_resident_size(like)
+    assert set(dien_ops.info._residence(like, largest)) == {1.0}
+    assert set(dien_ops.info._residence(like, largest + 1)) != {1.0}
+
+
+def test_residence_is_that_of_a_gpu():
+    with pytest.raises(RuntimeError, match="device must be a CUDA device, got cpu"):
+        dien_ops.info.gru_residence(36, device="cpu")
 
 
 # ------------------------------------------------------------------------------------------ in whatever order threads run

@@ -234,6 +234,7 @@ def test_a_traced_module_is_saved_loaded_and_trained_with_other_sizes():
     assert_close(*found, 0.0)
 
 
+@pytest.mark.cpu_kernels
 def test_an_aot_inductor_package_runs_in_a_process_of_its_own(tmp_path):
     module, inputs = evolution_and_inputs(5, 9)
     with torch.no_grad():

@@ -8,6 +8,8 @@
 // in order: the same inputs give the same bits.
 #include "cuda/gru_products.cuh"
 
+#include <algorithm>
+
 #include "cuda/gru_sweep.cuh"
 
 namespace dien_ops::cuda {
@@ -271,6 +273,7 @@ void column_sums(DevicePlan plan, gmem<const S> a, int64_t width, int64_t splits
     const int64_t total = plan.total_steps() * plan.targets;
     const int64_t end = total * (block_index_y() + 1) / splits;
     Compute<S> sum = 0;
+#pragma unroll 8
     for (int64_t entry = total * block_index_y() / splits; entry < end; ++entry) sum += to_compute(a.ld(entry * width + j));
     partial.st(block_index_y() * width + j, sum);
 }
@@ -283,29 +286,25 @@ void reduce_parts(gmem<const Compute<S>> partial, int64_t splits, int64_t stride
     const int64_t i = element_index();
     if (i >= n) return;
     Compute<S> sum = 0;
+#pragma unroll 8
     for (int64_t split = 0; split < splits; ++split) sum += partial.ld(split * stride + i + (i >= gap_at ? gap : 0));
     to.st(i, to_storage<S>(sum));
 }
 
-// Parts of the entries: from the sizes alone, about 256 entries each, at most 64, and together at most 64 MiB.
-int64_t outer_splits(int64_t cells, int64_t bytes_of_part) {
-    constexpr int64_t kEntries = 256, kMost = 64, kBytes = 64 << 20;
-    const int64_t fit = kBytes / (bytes_of_part < 1 ? 1 : bytes_of_part);
-    int64_t splits = cells / kEntries;
-    if (splits > kMost) splits = kMost;
-    if (splits > fit) splits = fit;
-    return splits < 1 ? 1 : splits;
-}
-
-// Numbers of a part: of a weight's gradient, or the 4H of the biases'.
-template <typename S>
-int64_t part_size(const GruProblem<S>& p) {
-    const int64_t wide = p.input_size > p.hidden_size ? p.input_size : p.hidden_size;
-    return 3 * p.hidden_size * (wide < 2 ? 2 : wide);
+// Parts of the entries, from the sizes alone: about 256 entries each, at most `most` of them, together at most 64 MiB.
+int64_t entry_splits(int64_t cells, int64_t most, int64_t bytes_of_part) {
+    constexpr int64_t kEntries = 256, kBytes = 64 << 20;
+    const int64_t fit = bytes_of_part == 0 ? most : kBytes / bytes_of_part;
+    return std::max<int64_t>(1, std::min({cells / kEntries, most, fit}));
 }
 template <typename S>
-int64_t weight_splits(const GruProblem<S>& p) {
-    return outer_splits(p.rows() * p.steps, part_size(p) * sizeof(Compute<S>));
+int64_t weight_splits(const GruProblem<S>& p) {  // of the larger weight
+    const int64_t part = 3 * p.hidden_size * std::max(p.input_size, p.hidden_size);
+    return entry_splits(p.rows() * p.steps, 64, part * sizeof(Compute<S>));
+}
+template <typename S>
+int64_t bias_splits(const GruProblem<S>& p) {
+    return entry_splits(p.rows() * p.steps, 512, p.gates_size() * sizeof(Compute<S>));
 }
 
 template <typename S>
@@ -362,8 +361,7 @@ int64_t gru_packed_size(const GruProblem<S>& p) {
     const int64_t sweeps = 3 * size(units / kTileColumns, p.hidden_size);
     const int64_t projection = size(round_up<int64_t>(gates, 4), p.input_size);
     const int64_t gradient = size(step_column_tiles(p.input_size), 3 * p.hidden_size);
-    const int64_t most = sweeps > projection ? sweeps : projection;
-    return most > gradient ? most : gradient;
+    return std::max({sweeps, projection, gradient});
 }
 
 template <typename S>
@@ -412,7 +410,8 @@ void gru_input_gradient(Stream stream, const GruProblem<S>& p, const S* grad_gat
 
 template <typename S>
 int64_t gru_weight_gradients_partial(const GruProblem<S>& p) {
-    return weight_splits(p) * part_size(p);
+    return std::max(weight_splits(p) * 3 * p.hidden_size * std::max(p.input_size, p.hidden_size),
+                    bias_splits(p) * p.gates_size());
 }
 
 template <typename S>
@@ -420,13 +419,13 @@ void gru_weight_gradients(Stream stream, const GruProblem<S>& p, const GruWeight
     using T = Compute<S>;
     const int64_t H = p.hidden_size, I = p.input_size, C = p.targets, cells = p.rows() * p.steps, size = p.gates_size();
     const int64_t partial_size = gru_weight_gradients_partial(p);
-    const int64_t splits = weight_splits(p);
+    const int64_t splits = weight_splits(p), of_bias = bias_splits(p);
     const DevicePlan plan(p);
     const gmem<T> partial = {g.partial, partial_size, "partial sums"};
     const gmem<const T> parts = {g.partial, partial_size, "partial sums"};
     const gmem<const S> grad_gates = {g.grad_gates, cells * size, "grad_gates"};
-    const auto reduce = [&](int64_t stride, int64_t gap_at, int64_t gap, int64_t n, S* to, const char* name) {
-        launch("gru_reduce_parts", reduce_parts<S>, element_grid(n), stream, parts, splits, stride, gap_at, gap, n,
+    const auto reduce = [&](int64_t count, int64_t stride, int64_t gap_at, int64_t gap, int64_t n, S* to, const char* name) {
+        launch("gru_reduce_parts", reduce_parts<S>, element_grid(n), stream, parts, count, stride, gap_at, gap, n,
                gmem<S>{to, n, name});
     };
 
@@ -458,19 +457,19 @@ void gru_weight_gradients(Stream stream, const GruProblem<S>& p, const GruWeight
         } else {
             add(grad_gates, size, 0, 0, 3 * H, I, 1);
         }
-        reduce(3 * H * I, 3 * H * I, 0, 3 * H * I, g.grad_weight_ih, "grad_weight_ih");
+        reduce(splits, 3 * H * I, 3 * H * I, 0, 3 * H * I, g.grad_weight_ih, "grad_weight_ih");
 
         source.of_input = false;
         add(grad_gates, size, 0, 0, 2 * H, H, C);
         source.times_reset = !p.reset_after;
         add(grad_gates, size, p.reset_after ? 3 * H : 2 * H, 2 * H, H, H, C);
-        reduce(3 * H * H, 3 * H * H, 0, 3 * H * H, g.grad_weight_hh, "grad_weight_hh");
+        reduce(splits, 3 * H * H, 3 * H * H, 0, 3 * H * H, g.grad_weight_hh, "grad_weight_hh");
     });
 
-    launch("gru_bias_gradient", column_sums<S>, Grid{divide_up<int64_t>(size, kThreads), splits, 1, kThreads}, stream, plan,
-           grad_gates, size, splits, partial);
-    reduce(size, 3 * H, 0, 3 * H, g.grad_bias_ih, "grad_bias_ih");
-    reduce(size, 2 * H, p.reset_after ? H : 0, 3 * H, g.grad_bias_hh, "grad_bias_hh");
+    launch("gru_bias_gradient", column_sums<S>, Grid{divide_up<int64_t>(size, kThreads), of_bias, 1, kThreads}, stream, plan,
+           grad_gates, size, of_bias, partial);
+    reduce(of_bias, size, 3 * H, 0, 3 * H, g.grad_bias_ih, "grad_bias_ih");
+    reduce(of_bias, size, 2 * H, p.reset_after ? H : 0, 3 * H, g.grad_bias_hh, "grad_bias_hh");
 }
 
 template <typename S>
