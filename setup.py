@@ -47,6 +47,8 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DDIEN_OPS_VERSION={package_version()}",
             f"-DDIEN_OPS_SANITIZE={'ON' if os.environ.get('DIEN_OPS_SANITIZE') == '1' else 'OFF'}",
+            f"-DDIEN_OPS_CUDA={os.environ.get('DIEN_OPS_CUDA', 'auto')}",
+            f"-DTORCH_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST', '')}",
         )  # fmt: skip
         self.run_cmake("--build", str(self.tree), "--parallel", jobs)
         self.install_into(Path(self.get_ext_fullpath(ext.name)).parent)
@@ -55,6 +57,7 @@ class CMakeBuild(build_ext):
         self.install_into(ROOT / "dien_ops")
 
     def install_into(self, package: Path) -> None:
+        (package / "libdien_ops_cuda.so").unlink(missing_ok=True)  # of an earlier build: this one may be without CUDA
         self.run_cmake("--install", str(self.tree), "--prefix", str(package.resolve()))
 
 

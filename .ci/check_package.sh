@@ -29,7 +29,8 @@ def missing(wanted, present, where):
     lacking = [w for w in wanted if not any(p == w or p.startswith(w) for p in present)]
     assert not lacking, f"{where} lacks {lacking}"
 
-missing(["CMakeLists.txt", "LICENSE", "README.md", "csrc/library.cpp", "csrc/cpu/simd.h", "python_tests/", "bench/"], in_sdist, sdist)
+sources = ["csrc/library.cpp", "csrc/cpu/simd.h", "csrc/cuda/gru_forward.cu", "csrc/cuda/primitives.cuh", "csrc/cuda/host/"]
+missing(["CMakeLists.txt", "cmake/cuda.cmake", "LICENSE", "README.md", "python_tests/", "bench/", *sources], in_sdist, sdist)
 missing(["dien_ops/__init__.py", "dien_ops/py.typed", "dien_ops/libdien_ops_cpu.so", "dien_ops/_C."], in_wheel, wheel)
 strangers = [p for p in in_wheel if not p.startswith(("dien_ops/", "dien_ops-"))]
 assert not strangers, f"{wheel} holds {strangers}"
@@ -42,5 +43,16 @@ PY
 "$work/run/bin/python" -m pip install --quiet "${OTHER_TORCH:-$TORCH}" numpy
 "$work/run/bin/python" -m pip install --quiet "$work"/dist/*.whl
 cd "$work"
+"$work/run/bin/python" - <<'PY'
+import os
+from pathlib import Path
+
+import dien_ops
+
+there = (Path(dien_ops.__file__).parent / "libdien_ops_cuda.so").exists()
+said = dien_ops._C.cuda_summary
+assert there == bool(dien_ops._C.cuda_architectures), f"libdien_ops_cuda.so is {'' if there else 'not '}in the wheel: {said}"
+assert there or os.environ.get("DIEN_OPS_CUDA") != "on", f"DIEN_OPS_CUDA=on, and the wheel has no CUDA kernels: {said}"
+PY
 "$work/run/bin/python" -m dien_ops.info
 "$work/run/bin/python" -m dien_ops.selftest

@@ -11,12 +11,11 @@ import torch
 from bench import machine, rivals
 from bench.harness import Unavailable
 from bench.results import CEILING, Sweep, Target
-from bench.rivals import Recurrence
+from bench.rivals import COMPILED, LOOP, Recurrence
 
 OURS = {"dien_ops": rivals.ours}
 NN_GRU = {"nn.GRU": rivals.nn_gru}
-LOOP, COMPILED, DEEPCTR = "Python loop", "torch.compile of it", "deepctr-torch"
-LOOPS = {LOOP: rivals.python_loop, COMPILED: rivals.compiled_loop, DEEPCTR: rivals.deepctr_torch}
+LOOPS = {LOOP: rivals.python_loop, COMPILED: rivals.compiled_loop, "deepctr-torch": rivals.deepctr_torch}
 
 SMALL = Recurrence(128, 100, 36, 36)
 NARROW = Recurrence(256, 50, 36, 108)
@@ -25,14 +24,10 @@ WIDE = Recurrence(512, 100, 128, 128)
 LONG = pytest.mark.long
 
 
-def name(p: Recurrence) -> str:
-    return f"B{p.batch} T{p.steps} I{p.input_size} H{p.hidden_size}"
-
-
 def rows(*problems_and_targets, long=(LARGE, WIDE)):
     """Parameters of a test: a problem and what else the row has, with the problem's name."""
     return [
-        pytest.param(problem, *others, id=name(problem), marks=[LONG] if problem in long else [])
+        pytest.param(problem, *others, id=problem.name, marks=[LONG] if problem in long else [])
         for problem, *others in problems_and_targets
     ]
 

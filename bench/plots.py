@@ -10,7 +10,7 @@ from statistics import median
 import matplotlib
 from matplotlib.figure import Figure
 
-from bench.results import CEILING, Row, Run, percentile
+from bench.results import CEILING, COPY, Row, Run, percentile
 
 matplotlib.use("Agg")  # files only: works where there is no screen
 
@@ -63,7 +63,7 @@ def curves(section: str, rows: list[Row]) -> Figure:
     """Time against the swept size, on logarithmic axes; the band is the 20th to 80th percentile."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(name for row in rows for name in row.timings if name != CEILING):
+    for name in dict.fromkeys(name for row in rows for name in row.timings if name not in (CEILING, COPY)):
         points = sorted((row.sweep.value, row.timings[name].seconds) for row in rows if name in row.timings)
         sizes = [size for size, _ in points]
         low, middle, high = ([percentile(s, p) * 1e3 for _, s in points] for p in (20, 50, 80))

@@ -3,7 +3,8 @@
 
 Prints the tables; writes them as Markdown and the pictures under ``--out``, a folder for each file of results; and,
 where ``--readme`` is given, puts each column's tables between its markers there, ``<!-- bench:gru -->`` and
-``<!-- /bench:gru -->``. Only whole runs go there: no quick ones, and none with rows that were not selected.
+``<!-- /bench:gru -->``; those of a GPU between ``<!-- bench:gru-cuda -->`` and its end. Only whole runs go there: no
+quick ones, and none with rows that were not selected.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 
 from bench import plots
-from bench.results import CEILING, Row, Run, Timing, load, percentile, three_digits
+from bench.results import CEILING, COPY, Row, Run, Timing, load, percentile, three_digits
 
 OUT = Path("out/bench")
 BUSY = 0.03  # of the cores; above it, whoever waits for another thread may wait for a stranger
@@ -59,22 +61,39 @@ def memory_cell(row: Row) -> str:
     return "; ".join([size(measured[row.ours]), *others])
 
 
+def share_cell(share: float | None) -> str:
+    return "" if share is None else f"{share:.2f}"
+
+
+def step_cell(row: Row) -> str:
+    per_step = row.seconds_per_step()
+    return "" if per_step is None else seconds(per_step)
+
+
+def brief(row: Row) -> str:
+    """Ours, and how many times as fast as whom."""
+    ratios = ", ".join(f"{three_digits(row.ratio(rival))}x {rival}" for rival in row.rivals)
+    return f"{seconds(median(row.timings[row.ours].seconds))}: {ratios}"
+
+
 def table(run: Run, column: str, section: str) -> list[list[str]]:
     """Header and rows of one section; columns that would stay empty are left out."""
     rows = [r for r in run.rows if (r.column, r.section) == (column, section)]
     not_run = [n for n in run.not_run if (n.column, n.section) == (column, section)]
     ours = list(dict.fromkeys(r.ours for r in rows))
     rivals = list(dict.fromkeys(name for r in rows for name in (*r.rivals, *r.absent)))
-    header = ["", " / ".join(ours) or "ours", *rivals, f"of {CEILING}", "peak memory", "target", "verdict"]
+    shares = [f"of {CEILING}", f"of {COPY}", "a step"]
+    header = ["", " / ".join(ours) or "ours", *rivals, *shares, "peak memory", "target", "verdict"]
     lines = []
     for row in rows:
-        share = row.share_of_ceiling()
         lines.append(
             [
                 row.case,
                 time_cell(row.timings[row.ours]),
                 *(rival_cell(row, rival) for rival in rivals),
-                "" if share is None else f"{share:.2f}",
+                share_cell(row.share_of_ceiling()),
+                share_cell(row.share_of_copy()),
+                step_cell(row),
                 memory_cell(row),
                 "; ".join(map(str, row.targets)),
                 row.verdict() if row.targets else "",
@@ -110,6 +129,26 @@ def disturbance(bystanders: float | None) -> str:
     return f"Other processes took {bystanders:.1%} of the cores meanwhile."
 
 
+MEASURED_HERE = (
+    "Times: median [20th, 80th percentile] of one call; in each round every contestant is timed once, in random "
+    f"order. Ratios: how many times as fast ours is, median of the rounds. Of {CEILING}: share of a large float32 "
+    "matrix product's rate in the same rounds, above 1 where torch's product is not the best the processor can do. "
+    "Peak memory: what one call needs above its inputs and parameters."
+)
+MEASURED_ON_A_GPU = (
+    "Times: median [20th, 80th percentile] of one call between two events of the GPU, its L2 cache full of other data; "
+    "where it waits for the host, that counts, but who is replayed from a CUDA graph need not wait. In each round "
+    "every contestant is timed once, in random order. Ratios: how many times as fast ours is, median of the rounds. "
+    f"Of {CEILING}: share of the rate of a large matrix product of the same dtype in the same rounds, tf32's for "
+    f"float32. Of {COPY}: share of a large copy's rate, if a call moves no byte that it need not. A step: the time "
+    "divided by T. Peak memory: what one call needs above its inputs and parameters, from torch's allocator."
+)
+
+
+def gpu_facts(gpu: dict[str, str]) -> str:
+    return f"{gpu['name']}: " + ", ".join(f"{name} {value}" for name, value in gpu.items() if name != "name")
+
+
 def about(run: Run) -> list[str]:
     """Where and how it was measured, a paragraph for each string."""
     m = run.machine
@@ -117,14 +156,14 @@ def about(run: Run) -> list[str]:
     ceilings = ", ".join(f"{name} {value:.0f}" for name, value in m["ceilings"].items())
     environment = ", ".join(f"{name} {value}" for name, value in m["environment"].items())
     quick = " A quick run: few rounds; large rows, peak memory and what compiles are left out." if m["quick"] else ""
+    gpu = f"{gpu_facts(m['gpu'])}. Host: " if "gpu" in m else ""
+    checks = "; ".join(f"{check.name}: {check.said}" for check in run.checks)
     return [
-        f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['system']}, {m['kernels']} kernels; dien_ops "
+        f"{gpu}{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['system']}, {m['kernels']} kernels; dien_ops "
         f"{m['dien_ops']} at {run.commit}, {versions}; {run.date}.{quick}",
-        f"Ceilings: {ceilings}. {environment}. {disturbance(m['bystanders'])}",
-        "Times: median [20th, 80th percentile] of one call; in each round every contestant is timed once, in random "
-        f"order. Ratios: how many times as fast ours is, median of the rounds. Of {CEILING}: share of a large float32 "
-        "matrix product's rate in the same rounds, above 1 where torch's product is not the best the processor can do. "
-        "Peak memory: what one call needs above its inputs and parameters.",
+        f"Ceilings: {ceilings}. {environment}. {disturbance(m['bystanders'])}"
+        + (f" On this device: {checks}." if checks else ""),
+        MEASURED_ON_A_GPU if gpu else MEASURED_HERE,
     ]
 
 

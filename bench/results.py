@@ -16,6 +16,8 @@ from typing import Any
 
 NOT_SELECTED = "not selected"  # the reason why a row that the command line left out was not run
 CEILING = "mm"  # the contestant that is a large matrix product: the matrix rate within reach
+COPY = "copy"  # the contestant that is a large copy: the memory rate within reach
+PER_SECOND = "per second"  # what a target is against that is about ours alone: calls in a second
 
 
 def percentile(values: list[float], percent: float) -> float:
@@ -39,22 +41,30 @@ class Timing:
     seconds: list[float]  # of one call
     work: float = 1.0  # units of work in one call, such as valid steps; the unit is the row's
     flops: float | None = None  # of one call
+    bytes: float | None = None  # the fewest that one call reads and writes
     error: float | None = None  # largest difference from float64, relative to the largest value of each result
-    peak_bytes: int | None = None  # resident memory of one call at its highest, above what was there before
+    peak_bytes: int | None = None  # memory of one call at its highest, above what was there before
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Target:
-    """``at_least`` times as fast as the rival ``against``, or that share of the CEILING's rate."""
+    """``at_least`` times as fast as the rival ``against``, that share of the CEILING's rate, or so often PER_SECOND."""
 
     against: str
     at_least: float
 
-    def __str__(self) -> str:
+    def in_words(self, value: float) -> str:
         if self.against == CEILING:
-            return f"≥ {self.at_least:.2f} of {CEILING}"
-        return f"≥ {three_digits(self.at_least)}x {self.against}"
+            return f"{value:.2f} of {CEILING}"
+        return (
+            f"{three_digits(value)} {PER_SECOND}"
+            if self.against == PER_SECOND
+            else f"{three_digits(value)}x {self.against}"
+        )
+
+    def __str__(self) -> str:
+        return f"≥ {self.in_words(self.at_least)}"
 
 
 @dataclass(frozen=True)
@@ -74,10 +84,11 @@ class Row:
     targets: list[Target] = field(default_factory=list)
     unit: str = ""  # of work; ratios are of the time for one unit, or for one call where it is empty
     sweep: Sweep | None = None
+    steps: int | None = None  # of the sequence, where the time of one of them is of interest
 
     @property
     def rivals(self) -> list[str]:
-        return [name for name in self.timings if name not in (self.ours, CEILING)]
+        return [name for name in self.timings if name not in (self.ours, CEILING, COPY)]
 
     def ratios(self, rival: str) -> list[float]:
         """Round by round, how many times as fast as the rival ours is."""
@@ -96,10 +107,22 @@ class Row:
         pairs = zip(ours.seconds, ceiling.seconds, strict=True)
         return median((ours.flops / o) / (ceiling.flops / c) for o, c in pairs)
 
+    def share_of_copy(self) -> float | None:
+        """The rate at which we read and write, if no more than we must, as a share of the COPY's; median likewise."""
+        ours, copy = self.timings[self.ours], self.timings.get(COPY)
+        if copy is None or ours.bytes is None or copy.bytes is None:
+            return None
+        return median((ours.bytes / o) / (copy.bytes / c) for o, c in zip(ours.seconds, copy.seconds, strict=True))
+
+    def seconds_per_step(self) -> float | None:
+        return median(self.timings[self.ours].seconds) / self.steps if self.steps else None
+
     def value_of(self, target: Target) -> float | None:
         """What was reached of a target; None where it was not measured."""
         if target.against == CEILING:
             return self.share_of_ceiling()
+        if target.against == PER_SECOND:
+            return 1 / median(self.timings[self.ours].seconds)
         return self.ratio(target.against) if target.against in self.timings else None
 
     def verdict(self) -> str:
@@ -112,8 +135,7 @@ class Row:
             if value is None:
                 missed.append(f"{target.against} not measured: {self.absent.get(target.against, 'it took no part')}")
             elif value < target.at_least:
-                share = target.against == CEILING
-                missed.append(f"{value:.2f} of {CEILING}" if share else f"{three_digits(value)}x {target.against}")
+                missed.append(target.in_words(value))
         return "not reached: " + "; ".join(missed) if missed else "reached"
 
     def to_json(self) -> dict[str, Any]:
@@ -142,6 +164,16 @@ class NotRun:
 
 
 @dataclass(frozen=True)
+class Check:
+    """A stage of gpu_check.py, which came before the benchmarks of a GPU or was these."""
+
+    name: str
+    passed: bool
+    said: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Run:
     """One JSON file: one session on one machine."""
 
@@ -152,6 +184,7 @@ class Run:
     rows: list[Row]
     not_run: list[NotRun]
     titles: list[tuple[str, str]]  # column and section, in the order of the bench files
+    checks: list[Check] = field(default_factory=list)
 
     @property
     def columns(self) -> list[str]:
@@ -184,4 +217,5 @@ def load(path: Path) -> Run:
         rows=[Row.from_json(benchmark["extra_info"]) for benchmark in content["benchmarks"]],
         not_run=[NotRun(**entry) for entry in content["not_run"]],
         titles=[(column, section) for column, section in content["sections"]],
+        checks=[Check(**check) for check in content.get("checks", [])],
     )

@@ -25,7 +25,9 @@ from torch.nn.utils.rnn import PackedSequence
 from bench.harness import Contestant, Unavailable
 from dien_ops import functional, gru_weights, reference
 
+LOOP, COMPILED = "Python loop", "torch.compile of it"  # as tables call them
 COMPILED_STEPS = 10
+GRAPH_WARM_UP_CALLS = 3
 PARAMETERS = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 
 
@@ -42,13 +44,19 @@ class Recurrence:
     train: bool = False
     dtype: torch.dtype = torch.float32
     uniform_lengths: bool = False  # in 0..T; else all are T
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        return f"B{self.batch} T{self.steps} I{self.input_size} H{self.hidden_size}"
 
     @property
     def lengths(self) -> Tensor | None:
         """[B], or None where all are T."""
         if not self.uniform_lengths:
             return None
-        return torch.randint(0, self.steps + 1, (self.batch,), generator=torch.Generator().manual_seed(2))
+        lengths = torch.randint(0, self.steps + 1, (self.batch,), generator=torch.Generator().manual_seed(2))
+        return lengths.to(self.device)
 
     @property
     def valid_steps(self) -> int:
@@ -61,6 +69,17 @@ class Recurrence:
             2.0 * self.valid_steps * 3 * self.hidden_size * (self.input_size + (self.targets or 1) * self.hidden_size)
         )
         return 3 * forward if self.train else forward
+
+    @property
+    def bytes(self) -> float:
+        """The fewest that must be moved: each input read and each state written once; in training all of them are read
+        again, the states' gradients are read, and the inputs' are written."""
+        rows = self.batch * (self.targets or 1)
+        inputs = self.batch * self.steps * self.input_size + rows * self.steps * self.attention
+        parameters = 3 * self.hidden_size * (self.input_size + self.hidden_size + 2)
+        output = rows * self.steps * self.hidden_size
+        once = inputs + parameters + output
+        return float((3 * once if self.train else once) * self.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -78,13 +97,13 @@ class Tensors:
 
 def tensors(p: Recurrence, dtype: torch.dtype | None = None) -> Tensors:
     """The same numbers each time, rounded to the problem's dtype; leaves that require grad in training."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(p.device).manual_seed(1)
     steps, hidden = p.steps, p.hidden_size
     rows = [p.batch] if p.targets is None else [p.batch, p.targets]
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        values = torch.empty(shape).uniform_(low, high, generator=generator).to(p.dtype).to(dtype or p.dtype)
-        return values.requires_grad_(p.train)
+        values = torch.empty(shape, device=p.device).uniform_(low, high, generator=generator)
+        return values.to(p.dtype).to(dtype or p.dtype).requires_grad_(p.train)
 
     shapes = ([3 * hidden, p.input_size], [3 * hidden, hidden], [3 * hidden], [3 * hidden])
     bound = hidden**-0.5  # nn.GRU's
@@ -130,8 +149,9 @@ def exact(p: Recurrence) -> list[Tensor]:
 def _contestant(
     p: Recurrence, call: Callable[[], Any], read: Callable[[Any], Sequence[Tensor]] = list, **more: Any
 ) -> Contestant:
-    flops = p.flops if p.dtype == torch.float32 else None  # the CEILING is float32's
-    return Contestant(call, read, lambda: exact(p), flops=flops, **more)
+    on_gpu = p.device == "cuda"
+    flops = p.flops if on_gpu or p.dtype == torch.float32 else None  # a CPU's CEILING is float32's
+    return Contestant(call, read, lambda: exact(p), flops=flops, bytes=p.bytes if on_gpu else None, **more)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ours
@@ -158,8 +178,37 @@ def per_valid_step(factory: Callable[[Recurrence], Contestant]) -> Callable[[Rec
     return lambda p: replace(factory(p), work=float(p.valid_steps))
 
 
+def without_attention(factory: Callable[[Recurrence], Contestant]) -> Callable[[Recurrence], Contestant]:
+    """The GRU over the same input: less work."""
+    return lambda p: factory(replace(p, attention=False))
+
+
 def at_full_length(factory: Callable[[Recurrence], Contestant]) -> Callable[[Recurrence], Contestant]:
     return lambda p: factory(replace(p, uniform_lengths=False))
+
+
+def from_a_graph(factory: Callable[[Recurrence], Contestant]) -> Callable[[Recurrence], Contestant]:
+    """The same kernels, replayed from a CUDA graph: no work for the host between them."""
+
+    def make(p: Recurrence) -> Contestant:
+        contestant = factory(p)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what is set up at a first call cannot be captured
+            for _ in range(GRAPH_WARM_UP_CALLS):
+                contestant.call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = contestant.call()
+
+        def call() -> Any:
+            graph.replay()
+            return results
+
+        return replace(contestant, call=call)
+
+    return make
 
 
 # ------------------------------------------------------------------------------------------------------------- nn.GRU
@@ -167,7 +216,7 @@ def at_full_length(factory: Callable[[Recurrence], Contestant]) -> Callable[[Rec
 
 def nn_gru(p: Recurrence) -> Contestant:
     t = tensors(p)
-    module = nn.GRU(p.input_size, p.hidden_size, batch_first=True, dtype=p.dtype)
+    module = nn.GRU(p.input_size, p.hidden_size, batch_first=True, dtype=p.dtype, device=p.device).train(p.train)
     with torch.no_grad():
         for parameter, value in zip(module.parameters(), t.parameters, strict=True):
             parameter.copy_(value)

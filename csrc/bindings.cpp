@@ -21,7 +21,8 @@ PYBIND11_MODULE(_C, m) {
         "baseline"
 #endif
     };
-    m.attr("cuda_architectures") = std::vector<std::string>{};
+    m.attr("cuda_architectures") = std::vector<std::string>{DIEN_OPS_CUDA_ARCHITECTURES};  // sm_*: code, compute_*: PTX
+    m.attr("cuda_summary") = DIEN_OPS_CUDA_SUMMARY;  // the same in words, or why there are none
     m.def(
         "cpu_capability", [] { return dien_ops::cpu::name(dien_ops::cpu::capability()); },
         "The instruction set the CPU kernels run with; RuntimeError where DIEN_OPS_CPU_CAPABILITY names none that is usable.");

@@ -6,17 +6,23 @@
 
 STABLE_TORCH_LIBRARY(dien_ops, m) {
     // gru: one layer, one direction. gate: none | input | replace | paper | authors. gates: what the backward needs of each
-    // valid step, where save_gates asks for it, in an order of its own; what is left of it holds anything
+    // valid step, where save_gates asks for it, in an order of its own; what is left of it holds anything. allow_tf32: products
+    // of float32 may round their operands to tf32, where the device has such products
     m.def(
         "gru(Tensor input, Tensor? attention, Tensor? hx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
-        "Tensor? bias_hh, Tensor? lengths, str gate, bool reset_after, bool batch_first, bool reverse, bool save_gates) "
-        "-> (Tensor output, Tensor h_n, Tensor gates)");
+        "Tensor? bias_hh, Tensor? lengths, str gate, bool reset_after, bool batch_first, bool reverse, bool allow_tf32, "
+        "bool save_gates) -> (Tensor output, Tensor h_n, Tensor gates)");
     m.def(
         "gru_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor? attention, Tensor? hx, Tensor weight_ih, "
         "Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? lengths, Tensor output, Tensor gates, str gate, "
-        "bool reset_after, bool batch_first, bool reverse) "
+        "bool reset_after, bool batch_first, bool reverse, bool allow_tf32) "
         "-> (Tensor grad_input, Tensor grad_attention, Tensor grad_hx, Tensor grad_weight_ih, Tensor grad_weight_hh, "
         "Tensor grad_bias_ih, Tensor grad_bias_hh)");
+    // On CUDA only: how the kernels run with such sizes on the device of `like`, and in its dtype. For the forward and for the
+    // backward: the share of the recurrent weights that stays on the chip for all steps, and whether the state does.
+    m.def(
+        "gru_residence(Tensor like, int hidden_size, bool reset_after, bool allow_tf32) "
+        "-> (float forward_weights, bool forward_state, float backward_weights, bool backward_state)");
 
     // attention: softmax_t(h_t W e_a). projected: W e_a, for the backward
     m.def(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dien_ops import _library
+
 FULL_PRECISION = (torch.float32, torch.float64)
 ANY_PRECISION = (*FULL_PRECISION, torch.bfloat16, torch.float16)
 
@@ -22,16 +24,22 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
 
 
-def supported(name: str, value: Tensor, dtypes: Sequence[torch.dtype] = FULL_PRECISION) -> None:
-    """The first tensor of a call: its device and dtype are what all others must share."""
+def supported(
+    name: str, value: Tensor, dtypes: Sequence[torch.dtype] = FULL_PRECISION, *, cuda_kernels: bool = False
+) -> None:
+    """The first tensor of a call: its device and dtype are what all others must share. cuda_kernels: whether the
+    operator has any."""
     tensor(name, value)
     if value.device.type == "cuda":
-        raise RuntimeError(
-            f"{name} is on {value.device}, and this version of dien_ops has no CUDA kernels: move the tensors and "
-            f"the module to the CPU with .cpu()"
-        )
-    if value.device.type not in ("cpu", "meta"):
-        raise RuntimeError(f"{name} must be on the CPU, got {value.device}")
+        problem: str | None = "this operator has no CUDA kernels yet"
+        if cuda_kernels:
+            problem = _library.cuda_problem() or _library.gpu_problem(value.device)
+        if problem:
+            raise RuntimeError(
+                f"{name} is on {value.device}, and {problem}. Or move the tensors and the module to the CPU with .cpu()"
+            )
+    elif value.device.type not in ("cpu", "meta"):
+        raise RuntimeError(f"{name} must be on the CPU{' or a CUDA device' * cuda_kernels}, got {value.device}")
     if value.dtype not in dtypes:
         *others, last, got = (str(dtype).removeprefix("torch.") for dtype in (*dtypes, value.dtype))
         raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {got}")

@@ -32,6 +32,7 @@ def _gru_fake(
     reset_after: bool,
     batch_first: bool,
     reverse: bool,
+    allow_tf32: bool,
     save_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, steps = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
@@ -61,10 +62,10 @@ def _gru_backward_fake(
 
 
 def _save_for_gru_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, gate, reset_after, batch_first, reverse, _ = inputs
+    tensors, options = inputs[:8], inputs[8:13]
     states, _, gates = output
     ctx.save_for_backward(*tensors, states, gates)
-    ctx.options = (gate, reset_after, batch_first, reverse)
+    ctx.options = options
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(gates)
 
@@ -73,12 +74,12 @@ def _gru_backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None,
     tensors = ctx.saved_tensors
     grads = _differentiable_gru_backward(grad_output, grad_h_n, *tensors, *ctx.options)
     present = [g if x is not None else None for g, x in zip(grads, tensors, strict=False)]
-    return (*present, None, *[None] * 5)  # lengths; gate, reset_after, batch_first, reverse, save_gates
+    return (*present, None, *[None] * 6)  # lengths; the options and save_gates
 
 
 def _backward_operator(*arguments: Any) -> Any:
-    grad_output, grad_h_n, *tensors, output, gates, gate, reset_after, batch_first, reverse = arguments
-    options = (gate, reset_after, batch_first, reverse)
+    grad_output, grad_h_n, *tensors, output, gates = arguments[:12]
+    options = arguments[12:]
     if gates.dim() == 1:  # the forward ran without saving them (exported, traced, under vmap): run it again
         _, _, gates = torch.ops.dien_ops.gru(*tensors, *options, True)
     return torch.ops.dien_ops.gru_backward(grad_output, grad_h_n, *tensors, output, gates, *options)
@@ -92,7 +93,7 @@ def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
 
 def _gru_double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...]:
     grad_output, grad_h_n, *primals, lengths = ctx.saved_tensors
-    gate, reset_after, batch_first, reverse = ctx.options
+    gate, reset_after, batch_first, reverse, _ = ctx.options
 
     def equations(
         x: Tensor,
@@ -109,15 +110,16 @@ def _gru_double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...
         return reference.attentional_gru(x, a, w_ih, w_hh, b_ih, b_hh, hx, gate=gate, **options)
 
     for_grads, for_primals = backward_of_backward(equations, primals, [grad_output, grad_h_n], grad_grads)
-    return (*for_grads, *for_primals, *[None] * 7)  # lengths, output, gates; the options
+    return (*for_grads, *for_primals, *[None] * 8)  # lengths, output, gates; the options
 
 
 def _gru_vmap(gru: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
     """Rows are independent, so a mapped axis becomes part of the batch; mapped weights take one call each."""
     if any(dim is not None for dim in in_dims[3:7]):
         return _one_call_each(gru, info, in_dims, *arguments)
-    input, attention, hx, *weights, lengths, gate, reset_after, batch_first, reverse, _ = arguments
-    axis = 0 if batch_first else 1
+    input, attention, hx, *weights, lengths = arguments[:8]
+    options = arguments[8:13]
+    axis = 0 if options[2] else 1  # batch_first
 
     def folded(x: Tensor | None, dim: int | None, axis: int) -> Any:
         if x is None:
@@ -131,7 +133,7 @@ def _gru_vmap(gru: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...
 
     output, h_n, _ = gru(
         folded(input, in_dims[0], axis), folded(attention, in_dims[1], axis), folded(hx, in_dims[2], 0), *weights,
-        folded(lengths, in_dims[7], 0), gate, reset_after, batch_first, reverse, False,
+        folded(lengths, in_dims[7], 0), *options, False,
     )  # fmt: skip
     # The gates are not one block per sequence, so they cannot be handed to one backward call each: none are, even where
     # gru saved them for a derivative of its own.
@@ -200,6 +202,17 @@ def autocast_enabled(input: Tensor) -> bool:
     return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
+@torch.compiler.assume_constant_result  # as it is while compiling: the compiler does not look into torch.backends
+def _tf32_is_allowed() -> bool:
+    rnn: Any = torch.backends.cudnn.rnn
+    return bool(rnn.fp32_precision == "tf32")
+
+
+def _allow_tf32(input: Tensor) -> bool:
+    """Whether products of float32 may round their operands to tf32: where nn.GRU's may."""
+    return input.device.type == "cuda" and input.dtype == torch.float32 and _tf32_is_allowed()
+
+
 def _run(
     input: Tensor,
     attention: Tensor | None,
@@ -232,7 +245,7 @@ def _run(
         input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh = map(
             cast, (input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh)
         )
-    _checks.supported("input", input, _checks.ANY_PRECISION)
+    _checks.supported("input", input, _checks.ANY_PRECISION, cuda_kernels=True)
     _checks.rank("input", input, 3)
     _checks.tensor("weight_ih", weight_ih)
     _checks.tensor("weight_hh", weight_hh)
@@ -262,7 +275,7 @@ def _run(
     _checks.shape("hx", hx, [*rows, hidden], meaning)
     output, h_n, _ = _differentiable_gru(
         input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths,
-        gate, reset_after, batch_first, reverse, False,
+        gate, reset_after, batch_first, reverse, _allow_tf32(input), False,
     )  # fmt: skip
     return (output, h_n) if kept is None else (output.to(kept), h_n.to(kept))
 

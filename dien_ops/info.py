@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from dien_ops import _C
+from dien_ops import _C, _library
 
 
 def collect() -> dict[str, str]:
@@ -17,11 +17,7 @@ def collect() -> dict[str, str]:
         >>> dien_ops.info.collect()["dien_ops"] == dien_ops.__version__
         True
     """
-    operators = sorted(
-        name.removeprefix("dien_ops::")
-        for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
-        if name.startswith("dien_ops::")
-    )
+    problem = _library.cuda_problem()
     return {
         "dien_ops": _C.version,
         "built with": f"torch {_C.built_with_torch}, {_C.compiler}, stable ABI of torch 2.10",
@@ -31,9 +27,26 @@ def collect() -> dict[str, str]:
         "CPU kernels built for": ", ".join(_C.cpu_capabilities),
         "CPU kernels run with": _C.cpu_capability(),
         "CPU threads": str(torch.get_num_threads()),
-        "CUDA kernels": ", ".join(_C.cuda_architectures) or "none: this version computes on the CPU only",
-        "operators": ", ".join(operators),
+        "operators": _operators("CPU"),
+        "CUDA kernels built for": _C.cuda_summary,
+        "CUDA kernels loaded": f"no: {problem}" if problem else "yes",
+        "CUDA operators": _operators("CUDA") or "none",
+        **_gpus(),
     }
+
+
+def _operators(dispatch_key: str) -> str:
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key(dispatch_key)
+    return ", ".join(sorted(x.removeprefix("dien_ops::") for x in registered if x.startswith("dien_ops::")))
+
+
+def _gpus() -> dict[str, str]:
+    facts = {}
+    for index in range(torch.cuda.device_count()):
+        name, (major, minor) = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+        problem = None if _library.cuda_problem() else _library.gpu_problem(torch.device("cuda", index))
+        facts[f"cuda:{index}"] = f"{name}, compute capability {major}.{minor}" + (f": {problem}" if problem else "")
+    return facts or {"GPU": "none visible"}
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--thread-order", choices=THREAD_ORDERS, default="in_order", help="in which it runs a kernel's threads"
     )
+    group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="on which tests make their tensors")
     group.addoption("--thread-seed", type=int, default=0, help="of the orders that are drawn")
 
 
@@ -37,6 +38,29 @@ def _set_executor(config, order=None, seed=None, check=True, multiprocessors=4, 
         multiprocessors,
         shared_bytes,
     )
+
+
+@pytest.fixture(autouse=True)
+def _where_kernels_run(request):
+    """With --host-executor, the CUDA kernels on the CPU in the place of its own; with --device, everything on that device."""
+    if request.config.getoption("--host-executor") is not None:
+        request.getfixturevalue("host_executor")
+    device = request.config.getoption("--device")
+    if device != "cpu":
+        torch.set_default_device(device)
+
+
+@pytest.fixture
+def on_device(request):
+    if request.config.getoption("--device") != "cuda":
+        pytest.skip("needs a GPU: --device cuda")
+
+
+@pytest.fixture
+def cuda_kernels(request):
+    """The recurrent operators are the CUDA kernels, on a GPU or in the host executor."""
+    if request.config.getoption("--device") != "cuda":
+        request.getfixturevalue("host_executor")
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ is timed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -11,14 +12,14 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import harness, report, results, rivals
-from bench.results import CEILING, NotRun, Row, Run, Sweep, Target, Timing
+from bench.results import CEILING, COPY, PER_SECOND, NotRun, Row, Run, Sweep, Target, Timing
 
 ROOT = Path(report.__file__).parents[1]
 MARKERS = "<!-- bench:gru -->", "<!-- /bench:gru -->"
@@ -96,6 +97,15 @@ def test_the_share_of_the_ceiling_is_one_of_rates():
     assert CEILING not in one.rivals
 
 
+def test_the_share_of_the_copy_is_one_of_rates():
+    one = row(ours=(2.0, 2.0))
+    assert one.share_of_copy() is None
+    one.timings["dien_ops"] = Timing([2.0, 2.0], bytes=30.0)
+    one.timings[COPY] = Timing([1.0, 1.0], bytes=20.0)
+    assert one.share_of_copy() == 0.75
+    assert COPY not in one.rivals
+
+
 @pytest.mark.parametrize(
     "targets, verdict",
     [
@@ -104,8 +114,10 @@ def test_the_share_of_the_ceiling_is_one_of_rates():
         ([Target("nn.GRU", 3.01)], "not reached: 3x nn.GRU"),
         ([Target("nn.GRU", 3.0), Target(CEILING, 0.5)], "not reached: mm not measured: it took no part"),
         ([Target("OpenVINO", 1.0)], "not reached: OpenVINO not measured: not installed"),
+        ([Target(PER_SECOND, 1.0)], "reached"),
+        ([Target(PER_SECOND, 1000)], "not reached: 1 per second"),
     ],
-    ids=["none", "met", "missed", "one_unknown", "absent"],
+    ids=["none", "met", "missed", "one_unknown", "absent", "often", "seldom"],
 )
 def test_a_row_is_reached_only_if_every_target_was_measured_and_met(targets, verdict):
     assert row(targets=targets, absent={"OpenVINO": "not installed"}).verdict() == verdict
@@ -154,22 +166,155 @@ def test_rounds_follow_from_the_time_within_limits():
     assert [pace.rounds(s) for s in (0.001, 1.0, 100.0)] == [50, 10, 3]
 
 
+class Pedantic:
+    """Runs rounds as pytest-benchmark does."""
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, target, setup, teardown, rounds):
+        for _ in range(rounds):
+            setup(), target(), teardown()
+        self.stats = "there are some"
+
+
 def test_times_are_of_one_call_and_of_the_same_rounds_for_all():
-    class Pedantic:
-        """Runs as pytest-benchmark does, and says that each round took six seconds."""
-
-        def pedantic(self, target, setup, teardown, rounds):
-            for _ in range(rounds):
-                setup(), target(), teardown()
-            self.stats = type("", (), {"stats": type("", (), {"data": [6.0] * rounds})})
-
     called = {"ours": 0, "theirs": 0}
     contestants = {n: harness.Contestant(lambda n=n: called.__setitem__(n, called[n] + 1)) for n in called}
     pace = harness.Pace(warm_up=0, seconds=0, min_rounds=4, max_rounds=4)
-    samples = harness.time_in_turns(Pedantic(), contestants, "ours", pace)
-    assert {name: len(times) for name, times in samples.items()} == {"ours": 4, "theirs": 4}
-    calls = (called["ours"] - harness.WARM_UP_CALLS) // 4 - 1  # and one untimed call before each sample
-    assert calls > 1 and samples["ours"] == [6.0 / calls] * 4
+    millisecond = 1e-3
+
+    def timer(call, times):
+        for _ in range(times):
+            call()
+        return millisecond
+
+    samples = harness.time_in_turns(Pedantic(), contestants, "ours", pace, timer)
+    assert samples == {"ours": [millisecond] * 4, "theirs": [millisecond] * 4}
+    calls = harness.calls_per_sample(millisecond)
+    assert called == dict.fromkeys(
+        called, harness.WARM_UP_CALLS + 4 * (1 + calls)
+    )  # an untimed call before each sample
+
+
+def test_the_clock_gives_the_seconds_of_one_call(monkeypatch):
+    now = iter([10.0, 16.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    calls = []
+    assert harness.clock(lambda: calls.append(1), 3) == 2.0
+    assert len(calls) == 3
+
+
+class Device:
+    """Stands in for torch.cuda: a clock that only calls move on, and what happened in order."""
+
+    L2_cache_size = 4096
+
+    def __init__(self, monkeypatch):
+        self.now, self.happened = 0.0, []
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = device.now
+                device.happened.append("event")
+
+            def synchronize(self):
+                device.happened.append("wait")
+
+            def elapsed_time(self, end):
+                return (end.at - self.at) * 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: self)
+        monkeypatch.setattr(torch.Tensor, "sum", lambda x: self.does(f"read {x.nbytes}", 100.0))
+
+    def does(self, what, seconds):
+        self.happened.append(what)
+        self.now += seconds
+
+
+def test_a_gpu_is_timed_by_its_events_with_other_data_in_its_cache(monkeypatch):
+    device = Device(monkeypatch)
+    seconds = iter([1.0, 5.0])
+    timer = harness.CudaEvents("cpu")
+    assert timer(lambda: device.does("call", next(seconds)), 2) == 3.0
+    assert device.happened == [f"read {2 * device.L2_cache_size}", "event", "call", "event"] * 2 + ["wait"]
+
+
+def test_a_replayed_contestant_is_captured_once_and_not_called_again(monkeypatch):
+    graph = type("Graph", (), {"replay": lambda self: happened.append("replay")})
+    stream = type("Stream", (), {"wait_stream": lambda self, other: None})
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
+    happened = []
+    plain = harness.Contestant(lambda: happened.append("call") or [len(happened)], note="kept")
+    replayed = rivals.from_a_graph(lambda _: plain)(None)
+    calls = ["call"] * (rivals.GRAPH_WARM_UP_CALLS + 1)
+    assert happened == calls and replayed.note == "kept"
+    assert replayed.call() == replayed.call() == [len(calls)]
+    assert happened == [*calls, "replay", "replay"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A problem for contestants that need none."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+
+def contestant(value=1.0, **more):
+    def make(_):
+        return harness.Contestant(
+            lambda: [torch.tensor([value])], exact=lambda: [torch.ones(1, dtype=torch.float64)], **more
+        )
+
+    return make
+
+
+def measured(problem, ours, others, **more) -> Row:
+    benchmark = Pedantic()
+    bench = harness.Bench(benchmark, "gru", "GRU, forward", "B2 T3", quick=True)
+    bench.measure(problem, {"dien_ops": ours}, others, **more)
+    return Row.from_json(json.loads(json.dumps(benchmark.extra_info)))
+
+
+def test_a_rival_that_fails_or_is_wrong_does_not_take_part_and_the_row_says_why():
+    def broken(_):
+        raise RuntimeError("no such kernel\nand a trace")
+
+    def absent(_):
+        raise harness.Unavailable("not installed")
+
+    others = {"good": contestant(), "wrong": contestant(2.0), "broken": broken, "absent": absent}
+    row = measured(Piece(), contestant(), others)
+    assert row.rivals == ["good"]
+    assert row.absent == {
+        "wrong": "wrong is 1.0e+00 away from float64, allowed 1e-04",
+        "broken": "failed: RuntimeError: no such kernel",
+        "absent": "not installed",
+    }
+    with pytest.raises(harness.WrongResult, match="dien_ops is 1"):
+        measured(Piece(), contestant(2.0), {})
+
+
+def test_on_a_gpu_a_row_has_its_ceilings_its_memory_and_the_time_of_a_step(monkeypatch):
+    monkeypatch.setattr(harness, "timer_for", lambda device: {"cuda": lambda call, times: call() and 4e-3}[device])
+    monkeypatch.setattr(harness, "matrix_product", lambda _, device, dtype: contestant(flops=8.0)(None))
+    monkeypatch.setattr(harness, "large_copy", lambda _, device: contestant(bytes=2.0)(None))
+    monkeypatch.setattr(harness, "peak_on_gpu", lambda c: 42)
+    ours = contestant(flops=4.0, bytes=1.0)
+    row = measured(Piece("cuda"), ours, {"graph": ours}, without_memory=["graph"], steps=4)
+    assert (row.share_of_ceiling(), row.share_of_copy(), row.seconds_per_step()) == (0.5, 0.5, 1e-3)
+    assert {name: t.peak_bytes for name, t in row.timings.items() if t.peak_bytes} == {"dien_ops": 42}
+    assert row.rivals == ["graph"]
 
 
 def test_a_contestant_that_computes_something_else_is_not_timed():
@@ -209,11 +354,13 @@ def test_copies_of_a_history_give_what_its_targets_give(factory):
     assert harness.check("contestant", factory(rivals.Recurrence(2, 3, 5, 6, attention=True, targets=4))) < 1e-5
 
 
-def test_operations_are_counted_once_per_sequence_for_the_input_and_thrice_for_training():
+def test_operations_and_bytes_are_counted_once_per_sequence_for_the_input_and_thrice_for_training():
     p = rivals.Recurrence(2, 10, 3, 5, attention=True)
     assert p.flops == 2 * 2 * 10 * (3 + 5) * 15
     assert replace(p, train=True).flops == 3 * p.flops
     assert replace(p, targets=4).flops == 2 * 2 * 10 * (3 + 4 * 5) * 15
+    assert p.bytes == 4 * (2 * 10 * (3 + 1) + 15 * (3 + 5 + 2) + 2 * 10 * 5)
+    assert replace(p, train=True, dtype=torch.bfloat16).bytes == 3 * p.bytes / 2
     padded = replace(p, uniform_lengths=True)
     assert padded.flops == p.flops * padded.valid_steps / 20
 
@@ -337,8 +484,9 @@ def test_one_command_writes_tables_pictures_and_the_readme(result_file, tmp_path
     assert readme.read_text() == before
 
 
-@pytest.mark.parametrize("column", [p.stem.removeprefix("bench_") for p in (ROOT / "bench").glob("bench_*.py")])
-def test_the_readme_has_a_place_for_every_column(column):
+@pytest.mark.parametrize("file", [p.stem.removeprefix("bench_") for p in (ROOT / "bench").glob("bench_*.py")])
+def test_the_readme_has_a_place_for_every_column(file):
+    column = file.replace("_cuda", "-cuda")
     assert "a table" in report.put_between_markers((ROOT / "README.md").read_text(), column, "a table")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import dien_ops
-from dien_ops import functional, reference
+from dien_ops import _library, functional, reference
 from helpers import (
     assert_at_most_twice_torchs_error,
     assert_close,
@@ -369,14 +369,14 @@ def test_forward_mode_is_refused_rather_than_zero(gate):
 
 def test_the_operator_refuses_a_reversed_attentional_gru():
     case = Case("paper", hx=False)
-    arguments = (*case.tensors, None, "paper", True, True, True, False)
+    arguments = (*case.tensors, None, "paper", True, True, True, False, False)
     with pytest.raises(RuntimeError, match="reverse must be false for every gate but none"):
         torch.ops.dien_ops.gru(*arguments)
 
 
 def test_backward_without_saved_gates_computes_them_again():
     case = Case("none")
-    arguments = (*case.tensors, case.options["lengths"], "none", True, True, False)
+    arguments = (*case.tensors, case.options["lengths"], "none", True, True, False, False)
     found = []
     for save_gates in (False, True):
         output, h_n, _ = torch.ops.dien_ops.gru(*arguments, save_gates)
@@ -407,7 +407,8 @@ def test_what_is_saved_behind_a_rows_length_is_never_read():
     torch.use_deterministic_algorithms(True)  # memory not written to is filled with NaN
     try:
         results = case.results(functional)
-        *_, gates = torch.ops.dien_ops.gru(*case.tensors, case.options["lengths"], "paper", False, True, False, True)
+        arguments = (*case.tensors, case.options["lengths"], "paper", False, True, False, False)
+        *_, gates = torch.ops.dien_ops.gru(*arguments, True)
     finally:
         torch.use_deterministic_algorithms(False)
     assert_close(results, case.results(reference))
@@ -424,7 +425,7 @@ def test_what_is_saved_behind_a_rows_length_is_never_read():
 def test_opcheck(cell, reset_after):
     case = Case(**cell, reset_after=reset_after, batch=2, steps=3)
     case.options["lengths"].fill_(3)  # behind a length the saved gates are not written, and opcheck compares them
-    options = (cell["gate"], reset_after, True, cell.get("reverse", False))
+    options = (cell["gate"], reset_after, True, cell.get("reverse", False), False)
     arguments = (*case.tensors, case.options["lengths"])
     torch.library.opcheck(torch.ops.dien_ops.gru.default, (*arguments, *options, True))
     with torch.no_grad():
@@ -505,8 +506,29 @@ def test_bad_input_is_named(arguments, error, message):
         changed(**arguments)
 
 
-def test_a_cuda_tensor_is_told_that_there_are_no_cuda_kernels():
+def on_cuda():
+    """Fake tensors: they need neither a GPU nor a torch with CUDA."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(), pytest.raises(RuntimeError, match=r"input is on cuda:0.*no CUDA kernels.*\.cpu\(\)"):
-        functional.gru(*(torch.empty(sizes, device="cuda") for sizes in [(2, 4, 3), (15, 3), (15, 5)]))
+    with FakeTensorMode():
+        return functional.gru(*(torch.empty(sizes, device="cuda") for sizes in [(2, 4, 3), (15, 3), (15, 5)]))
+
+
+def test_a_cuda_tensor_is_told_why_the_cuda_kernels_are_not_loaded(monkeypatch):
+    monkeypatch.setattr(_library, "_cuda_problem", "the reason")
+    with pytest.raises(RuntimeError, match=r"input is on cuda:0, and the reason\..*\.cpu\(\)"):
+        on_cuda()
+
+
+def test_a_cuda_tensor_is_told_why_its_gpu_cannot_run_the_kernels(monkeypatch):
+    monkeypatch.setattr(_library, "_cuda_problem", None)
+    monkeypatch.setattr(_library, "_capability", lambda index: (7, 5))
+    with pytest.raises(RuntimeError, match=r"input is on cuda:0, and this GPU has compute capability 7\.5"):
+        on_cuda()
+
+
+def test_where_the_cuda_kernels_are_loaded_a_cuda_tensor_is_taken(monkeypatch):
+    monkeypatch.setattr(_library, "_cuda_problem", None)
+    monkeypatch.setattr(_library, "_capability", lambda index: None)
+    output, h_n = on_cuda()
+    assert output.device == h_n.device == torch.device("cuda", 0) and output.shape == (2, 4, 5)

@@ -7,16 +7,18 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dien_ops
 import dien_ops.info
 import dien_ops.selftest
-from dien_ops import functional, optim, reference
+from dien_ops import _library, functional, optim, reference
 from helpers import assert_close, run_python
 
 PACKAGE = Path(dien_ops.__file__).parent
@@ -93,6 +95,91 @@ def test_a_library_that_does_not_load_names_both_torch_versions_and_the_remedy(t
     assert "pip install --no-build-isolation" in done.stderr
 
 
+ON_CUDA = """
+import torch, dien_ops
+from torch._subclasses.fake_tensor import FakeTensorMode
+print(dien_ops.functional.gru(torch.ones(2, 4, 3), torch.ones(15, 3), torch.ones(15, 5))[0].shape)
+with FakeTensorMode():
+    dien_ops.functional.gru(*(torch.empty(sizes, device="cuda") for sizes in [(2, 4, 3), (15, 3), (15, 5)]))
+"""
+
+
+@pytest.mark.parametrize(
+    "torchs_cuda, library, reason",
+    [
+        (None, b"not a library", r"torch \S+ is a build without CUDA: install one with CUDA"),
+        ("13.0", None, r"dien_ops was built without CUDA kernels.*DIEN_OPS_CUDA=on pip install --no-build-isolation"),
+        (
+            "13.0",
+            b"not a library",
+            r"cannot be loaded by torch \S+ \(CUDA 13.0\): .*(invalid ELF|too short).*DIEN_OPS_CUDA=on",
+        ),
+    ],
+    ids=["torch without CUDA", "not built", "does not load"],
+)
+def test_without_its_cuda_library_the_package_computes_on_the_cpu_and_says_what_to_do(
+    tmp_path, torchs_cuda, library, reason
+):
+    path = copy_of_package(tmp_path, without="libdien_ops_cuda.so")
+    if library:
+        (tmp_path / "dien_ops" / "libdien_ops_cuda.so").write_bytes(library)
+    done = run_python(f"import torch; torch.version.cuda = {torchs_cuda!r}" + ON_CUDA, cwd=path)
+    assert done.stdout == "torch.Size([2, 4, 5])\n"
+    assert re.search(rf"RuntimeError: input is on cuda:0, and .*{reason}.*Or move the tensors.*\.cpu\(\)", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: functional.dice(x(2, 3), x(3)),
+        lambda x: functional.bilinear_attention(x(2, 5, 3), x(2, 3), x(3, 3)),
+        lambda x: functional.auxiliary_loss(x(2, 5, 3), x(2, 5, 3), x(2, 5, 3)),
+        lambda x: dien_ops.LocalActivationUnit(3)(x(2, 3), x(2, 5, 3)),
+    ],
+    ids=["dice", "attention", "auxiliary_loss", "activation_unit"],
+)
+def test_operators_without_cuda_kernels_say_so(monkeypatch, call):
+    monkeypatch.setattr(_library, "_cuda_problem", None)  # whatever the recurrent operators have
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="is on cuda:0, and this operator has no CUDA kernels yet"):
+        call(lambda *sizes: torch.empty(sizes, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    "architecture, runs, does_not",
+    [
+        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
+        ("sm_86", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("sm_90a", [(9, 0)], [(8, 9), (10, 0)]),
+        ("sm_100f", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("compute_90", [(9, 0), (10, 0), (12, 1)], [(8, 9)]),
+        ("compute_90a", [(9, 0)], [(10, 0)]),
+        ("compute_120", [(12, 0), (12, 1)], [(10, 3)]),
+    ],
+)
+def test_machine_code_runs_on_its_generation_and_ptx_on_all_that_come(architecture, runs, does_not):
+    assert all(_library.runs_on(architecture, gpu) for gpu in runs)
+    assert not any(_library.runs_on(architecture, gpu) for gpu in does_not)
+
+
+@pytest.mark.parametrize(
+    "gpu, problem",
+    [
+        ((9, 0), None),
+        (None, None),  # a fake tensor where there is no GPU
+        ((7, 5), "this GPU has compute capability 7.5, and the CUDA kernels of dien_ops need 8.0"),
+        (
+            (8, 6),
+            "this GPU has compute capability 8.6, and dien_ops was built for sm_90a. To rebuild it, in the project's "
+            "folder: DIEN_OPS_CUDA=on TORCH_CUDA_ARCH_LIST=8.6 pip install --no-build-isolation --force-reinstall --no-deps .",
+        ),
+    ],
+)
+def test_a_gpu_that_the_kernels_were_not_built_for_is_told_how_to_build_for_it(monkeypatch, gpu, problem):
+    monkeypatch.setattr(_library, "_capability", lambda index: gpu)
+    monkeypatch.setattr(dien_ops._C, "cuda_architectures", ["sm_90a"])
+    assert _library.gpu_problem(torch.device("cuda", 1)) == problem
+
+
 def test_torch_older_than_the_stable_abi_is_refused():
     done = run_python("import torch; torch.__version__ = '2.9.1'; import dien_ops")
     assert "ImportError: dien_ops needs torch >= 2.10, got torch 2.9.1" in done.stderr
@@ -104,8 +191,32 @@ def test_torch_older_than_the_stable_abi_is_refused():
 def test_info_names_versions_capability_and_operators(capsys):
     dien_ops.info.main()
     printed = capsys.readouterr().out
-    for fact in (dien_ops.__version__, torch.__version__, dien_ops._C.cpu_capability(), "mba_adam_", "CUDA kernels"):
+    for fact in (dien_ops.__version__, torch.__version__, dien_ops._C.cpu_capability(), "mba_adam_"):
         assert fact in printed
+    assert f"CUDA kernels built for  {dien_ops._C.cuda_summary}" in printed
+
+
+def test_info_says_whether_the_cuda_kernels_are_loaded_and_why_not(monkeypatch):
+    monkeypatch.setattr(_library, "_cuda_problem", None)
+    assert dien_ops.info.collect()["CUDA kernels loaded"] == "yes"
+    monkeypatch.setattr(_library, "_cuda_problem", "the reason")
+    assert dien_ops.info.collect()["CUDA kernels loaded"] == "no: the reason"
+
+
+def test_info_names_each_gpu_and_what_keeps_it_from_running_the_kernels(monkeypatch):
+    monkeypatch.setattr(_library, "_cuda_problem", None)
+    monkeypatch.setattr(_library, "_capability", lambda index: [(9, 0), (7, 5)][index])
+    monkeypatch.setattr(dien_ops._C, "cuda_architectures", ["sm_90a"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["NVIDIA H100", "Tesla T4"][index])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
+    facts = dien_ops.info.collect()
+    assert facts["cuda:0"] == "NVIDIA H100, compute capability 9.0"
+    assert facts["cuda:1"].startswith("Tesla T4, compute capability 7.5: ") and "need 8.0" in facts["cuda:1"]
+
+
+def test_the_cuda_library_is_there_where_it_was_built():
+    assert (PACKAGE / "libdien_ops_cuda.so").exists() == bool(dien_ops._C.cuda_architectures)
 
 
 def test_selftest_passes_here(capsys):
@@ -135,11 +246,19 @@ def test_selftest_sees_nan(monkeypatch):
     assert dien_ops.selftest.main() == 1
 
 
-def test_the_cpu_library_holds_no_python():
-    """So that a C++ server can load it."""
-    library = (PACKAGE / "libdien_ops_cpu.so").read_bytes()
-    assert b"libtorch_cpu.so" in library
-    assert b"libtorch_python" not in library and b"libpython" not in library and b"PyObject" not in library
+@pytest.mark.parametrize("library", sorted(PACKAGE.glob("lib*.so")), ids=lambda path: path.stem)
+def test_the_libraries_hold_no_python(library):
+    """So that a C++ server can load them."""
+    content = library.read_bytes()
+    assert b"libtorch_cpu.so" in content
+    assert b"libtorch_python" not in content and b"libpython" not in content and b"PyObject" not in content
+
+
+@pytest.mark.skipif(not dien_ops._C.cuda_architectures, reason="built without CUDA kernels")
+def test_the_cuda_library_needs_torchs_cuda_library_and_brings_its_own_cuda_runtime():
+    """By name, or the loader would not look there for torch's streams; and the runtime need not be of torch's version."""
+    content = (PACKAGE / "libdien_ops_cuda.so").read_bytes()
+    assert b"libtorch_cuda.so" in content and b"libcudart.so" not in content
 
 
 def test_the_readmes_examples_run():

@@ -36,7 +36,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdio.h>
-#define DIEN_OPS_KERNEL(max_threads) __global__ __launch_bounds__(max_threads)
+#define DIEN_OPS_KERNEL(max_threads) __global__ __launch_bounds__(max_threads, 1)
 #define DIEN_OPS_DEVICE __device__ __forceinline__
 namespace dien_ops::cuda {
 struct Site {};
@@ -154,10 +154,10 @@ DIEN_OPS_DEVICE void copy_async_commit(Site site = {});
 template <int N>
 DIEN_OPS_DEVICE void copy_async_wait(Site site = {});
 
-// Ends the launch with an error that carries message where condition does not hold. On the device the message goes to stdout
-// and the context is lost, as with assert, but in every build. The second form adds ": got <got> at row <at>".
-DIEN_OPS_DEVICE void require(bool condition, const char* message);
-DIEN_OPS_DEVICE void require(bool condition, const char* message, int64_t got, int64_t at);
+// Ends the launch where condition does not hold, with an error that carries the message: printf's format, and int64_t for each
+// of its %lld. On the device the message goes to stdout and the context is lost, as with assert, but in every build.
+template <typename... Numbers>
+DIEN_OPS_DEVICE void require(bool condition, const char* format, Numbers... numbers);
 
 // From what is stored to what is computed in, and back, to the nearest, ties to even. A NaN stays one; too large for Half is
 // inf.
@@ -326,19 +326,14 @@ DIEN_OPS_DEVICE void copy_async_wait(Site) {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// What assert calls, whether or not NDEBUG leaves assert in.
-DIEN_OPS_DEVICE void fail([[maybe_unused]] const char* message) {
+template <typename... Numbers>
+DIEN_OPS_DEVICE void require([[maybe_unused]] bool condition, [[maybe_unused]] const char* format, Numbers... numbers) {
 #ifdef __CUDA_ARCH__
-    __assert_fail(message, "dien_ops", 0, "require");
-#endif
-}
-DIEN_OPS_DEVICE void require(bool condition, const char* message) {
-    if (!condition) fail(message);
-}
-DIEN_OPS_DEVICE void require(bool condition, const char* message, int64_t got, int64_t at) {
     if (condition) return;
-    printf("%s: got %lld at row %lld\n", message, static_cast<long long>(got), static_cast<long long>(at));
-    fail(message);
+    printf(format, static_cast<long long>(numbers)...);
+    printf("\n");
+    __assert_fail(format, "dien_ops", 0, "require");  // what assert calls, whether or not NDEBUG leaves assert in
+#endif
 }
 
 template <typename S>

@@ -6,7 +6,7 @@
 #include <numeric>
 #include <tuple>
 
-#include "ops/tensor.h"
+#include "ops/gru_arguments.h"
 
 namespace dien_ops::ops {
 namespace {
@@ -16,84 +16,23 @@ using cpu::GruForward;
 using cpu::GruProblem;
 using cpu::GruProjection;
 
-Gate parse_gate(const std::string& name) {
-    if (name == "none") return Gate::none;
-    if (name == "input") return Gate::input;
-    if (name == "replace") return Gate::replace;
-    if (name == "paper") return Gate::paper;
-    if (name == "authors") return Gate::authors;
-    throw std::runtime_error("gate must be one of none, input, replace, paper, authors; got " + name);
-}
-
-// The tensors of a call, checked and contiguous, and the layout they are in. Owns what a GruProblem borrows.
-struct Arguments {
-    int64_t B, C, T, I, H;
-    bool several;  // attention has a target axis
-    Gate gate;
-    bool reset_after, reverse, batch_first;
-    ScalarType dtype;
-    Tensor input, weight_ih, weight_hh;
-    OptionalTensor attention, hx, bias_ih, bias_hh;
+// The call, and who runs when: see GruProblem.
+struct Arguments : GruArguments {
     std::vector<int64_t> lengths, order, entry;
 
-    std::vector<int64_t> with_time(const std::vector<int64_t>& batch_axes, const std::vector<int64_t>& last) const {
-        std::vector<int64_t> sizes = batch_axes;
-        sizes.insert(batch_first ? sizes.end() : sizes.begin(), T);
-        sizes.insert(sizes.end(), last.begin(), last.end());
-        return sizes;
+    Arguments(const GruArguments& arguments, const OptionalTensor& given_lengths) : GruArguments(arguments) {
+        lengths = read_lengths(given_lengths, B, T);
+        order.resize(B * C);
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return lengths[x / C] > lengths[y / C]; });
+        entry.resize(order.size());
+        int64_t entries = 0;
+        for (const int64_t row : order) {
+            entry[row] = entries;
+            entries += lengths[row / C];
+        }
     }
-    std::vector<int64_t> rows() const { return several ? std::vector{B, C} : std::vector{B}; }
-    std::vector<int64_t> state_sizes() const {
-        std::vector<int64_t> sizes = rows();
-        sizes.push_back(H);
-        return sizes;
-    }
-    std::vector<int64_t> output_sizes() const { return with_time(rows(), {H}); }
-    std::vector<int64_t> attention_sizes() const { return with_time(rows(), {}); }
-    std::vector<int64_t> gates_sizes() const { return {B, C, T, (reset_after ? 4 : 3) * H}; }
-    ScalarType compute_dtype() const { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 };
-
-Arguments read_arguments(const Tensor& input, const OptionalTensor& attention, const OptionalTensor& hx,
-                         const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                         const OptionalTensor& bias_hh, const OptionalTensor& lengths, const std::string& gate,
-                         bool reset_after, bool batch_first, bool reverse) {
-    Arguments a;
-    a.gate = parse_gate(gate);
-    a.reset_after = reset_after;
-    a.reverse = reverse;
-    a.batch_first = batch_first;
-    a.dtype = input.scalar_type();
-    check(input.dim() == 3, "input must be 3-D, got shape ", to_string(sizes_of(input)));
-    check(weight_hh.dim() == 2, "weight_hh must be 2-D, got shape ", to_string(sizes_of(weight_hh)));
-    check(attention.has_value() == (a.gate != Gate::none), "attention must be given for every gate but none");
-    check(!reverse || a.gate == Gate::none, "reverse must be false for every gate but none");
-    a.B = input.size(batch_first ? 0 : 1);
-    a.T = input.size(batch_first ? 1 : 0);
-    a.I = input.size(2);
-    a.H = weight_hh.size(1);
-    a.several = attention.has_value() && attention->dim() == 3;
-    a.C = a.several ? attention->size(batch_first ? 1 : 2) : 1;
-    a.input = checked(input, "input", sizes_of(input), a.dtype);
-    a.attention = checked(attention, "attention", a.attention_sizes(), a.dtype);
-    a.hx = checked(hx, "hx", a.state_sizes(), a.dtype);
-    a.weight_ih = checked(weight_ih, "weight_ih", {3 * a.H, a.I}, a.dtype);
-    a.weight_hh = checked(weight_hh, "weight_hh", {3 * a.H, a.H}, a.dtype);
-    a.bias_ih = checked(bias_ih, "bias_ih", {3 * a.H}, a.dtype);
-    a.bias_hh = checked(bias_hh, "bias_hh", {3 * a.H}, a.dtype);
-    a.lengths = read_lengths(lengths, a.B, a.T);
-    a.order.resize(a.B * a.C);
-    std::iota(a.order.begin(), a.order.end(), 0);
-    std::stable_sort(a.order.begin(), a.order.end(),
-                     [&](int64_t x, int64_t y) { return a.lengths[x / a.C] > a.lengths[y / a.C]; });
-    a.entry.resize(a.order.size());
-    int64_t entries = 0;
-    for (const int64_t row : a.order) {
-        a.entry[row] = entries;
-        entries += a.lengths[row / a.C];
-    }
-    return a;
-}
 
 template <typename S>
 GruProblem<S> problem(const Arguments& a) {
@@ -110,15 +49,10 @@ GruProblem<S> problem(const Arguments& a) {
     p.lengths = a.lengths.data();
     p.order = a.order.data();
     p.entry = a.entry.data();
-    if (a.batch_first) {  // [B, T, I], [B, C, T], [B, C, T, H]
-        p.input_stride_b = a.T * a.I, p.input_stride_t = a.I;
-        p.attention_stride_b = a.C * a.T, p.attention_stride_c = a.T, p.attention_stride_t = 1;
-        p.output_stride_b = a.C * a.T * a.H, p.output_stride_c = a.T * a.H, p.output_stride_t = a.H;
-    } else {  // [T, B, I], [T, B, C], [T, B, C, H]
-        p.input_stride_b = a.I, p.input_stride_t = a.B * a.I;
-        p.attention_stride_b = a.C, p.attention_stride_c = 1, p.attention_stride_t = a.B * a.C;
-        p.output_stride_b = a.C * a.H, p.output_stride_c = a.H, p.output_stride_t = a.B * a.C * a.H;
-    }
+    const auto of_input = a.strides(1, a.I), of_attention = a.strides(a.C, 1), of_output = a.strides(a.C, a.H);
+    p.input_stride_b = of_input.b, p.input_stride_t = of_input.t;
+    p.attention_stride_b = of_attention.b, p.attention_stride_c = of_attention.c, p.attention_stride_t = of_attention.t;
+    p.output_stride_b = of_output.b, p.output_stride_c = of_output.c, p.output_stride_t = of_output.t;
     return p;
 }
 
@@ -166,9 +100,11 @@ std::vector<int64_t> group_begins(const GruProblem<S>& p, int64_t groups) {
 std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& input, const OptionalTensor& attention, const OptionalTensor& hx,
                                        const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
                                        const OptionalTensor& bias_hh, const OptionalTensor& lengths, const std::string& gate,
-                                       bool reset_after, bool batch_first, bool reverse, bool save_gates) {
-    const Arguments a = read_arguments(input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, gate, reset_after,
-                                       batch_first, reverse);
+                                       bool reset_after, bool batch_first, bool reverse, [[maybe_unused]] bool allow_tf32,
+                                       bool save_gates) {
+    const Arguments a(read_gru_arguments(input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh, gate, reset_after,
+                                         batch_first, reverse),
+                      lengths);
     const Tensor output = empty(a.output_sizes(), a.dtype), h_n = empty(a.state_sizes(), a.dtype);
     const Tensor gates = empty(save_gates ? a.gates_sizes() : std::vector<int64_t>{0}, a.dtype);
     with_storage_type(a.dtype, "input", [&](auto zero) {
@@ -198,9 +134,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
     const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const Tensor& input, const OptionalTensor& attention,
     const OptionalTensor& hx, const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
     const OptionalTensor& bias_hh, const OptionalTensor& lengths, const Tensor& output, const Tensor& gates,
-    const std::string& gate, bool reset_after, bool batch_first, bool reverse) {
-    const Arguments a = read_arguments(input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths, gate, reset_after,
-                                       batch_first, reverse);
+    const std::string& gate, bool reset_after, bool batch_first, bool reverse, [[maybe_unused]] bool allow_tf32) {
+    const Arguments a(read_gru_arguments(input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh, gate, reset_after,
+                                         batch_first, reverse),
+                      lengths);
     const OptionalTensor dense_grad_output = checked(grad_output, "grad_output", a.output_sizes(), a.dtype);
     const OptionalTensor dense_grad_h_n = checked(grad_h_n, "grad_h_n", a.state_sizes(), a.dtype);
     const Tensor dense_output = checked(output, "output", a.output_sizes(), a.dtype);

@@ -50,6 +50,20 @@ inline void check_sizes(const Tensor& t, const char* argument, const std::vector
     check(got == expected, argument, " must have shape ", to_string(expected), ", got ", to_string(got));
 }
 
+// t, contiguous, of the given type and on the device of `like`; its shape is checked first.
+inline Tensor checked(const Tensor& t, const char* argument, const std::vector<int64_t>& expected, ScalarType dtype,
+                      const Tensor& like) {
+    check_sizes(t, argument, expected);
+    check(t.device() == like.device(), argument, " must be on the device of the other arguments");
+    check(t.scalar_type() == dtype, argument, " must have the dtype of the other arguments");
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline OptionalTensor checked(const OptionalTensor& t, const char* argument, const std::vector<int64_t>& expected,
+                              ScalarType dtype, const Tensor& like) {
+    return t.has_value() ? OptionalTensor(checked(*t, argument, expected, dtype, like)) : std::nullopt;
+}
+
 // t, as a contiguous CPU tensor of the given type; its shape is checked first.
 inline Tensor checked(const Tensor& t, const char* argument, const std::vector<int64_t>& expected, ScalarType dtype) {
     check_sizes(t, argument, expected);

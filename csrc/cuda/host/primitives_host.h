@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstdio>
 #include <limits>
 
 #include "cuda/host/executor.h"
@@ -177,11 +178,12 @@ void copy_async_wait(Site) {
     host::wait_for_copies(N);
 }
 
-inline void require(bool condition, const char* message) {
-    if (!condition) host::fail(message);
-}
-inline void require(bool condition, const char* message, int64_t got, int64_t at) {
-    if (!condition) host::fail(std::string(message) + ": got " + std::to_string(got) + " at row " + std::to_string(at));
+template <typename... Numbers>
+void require(bool condition, const char* format, Numbers... numbers) {
+    if (condition) return;
+    char message[256];
+    std::snprintf(message, sizeof(message), format, static_cast<long long>(numbers)...);
+    host::fail(message);
 }
 
 template <typename S>

@@ -269,7 +269,7 @@ struct ToStorage {
 
 DIEN_OPS_KERNEL(kElementThreads) void require_not_negative_kernel(gmem<const int64_t> in) {
     const int64_t i = block_index() * block_threads() + thread_index();
-    if (i < in.n) require(in.ld(i) >= 0, "numbers must not be negative", in.ld(i), i);
+    if (i < in.n) require(in.ld(i) >= 0, "numbers must not be negative: got %lld at row %lld", in.ld(i), i);
 }
 
 }  // namespace

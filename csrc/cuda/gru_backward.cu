@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backward sweep: the gradients of h' = n + k (h - n) (common/gates.h), from a row's last step to its first, in one launch.
+//
+// In a step every lane turns dh', the gradient of its units' new state, into those of r, z, n before their activation, and
+// leaves them, rounded to the operand type, in the block's memory. Then one product of all gates' gradients [rows, 3H] with
+// U [3H, H] gives what flows on to h, to which the lane adds dh' k. dh stays in full precision with the lanes that own it. Two
+// barriers: the gradients are there; the gradients are read. What the next step needs of global memory is on its way meanwhile.
+//
+// Where the reset gate comes before the product, r's gradient waits for that of r h: one product with U_n, then one with U_r
+// and U_z.
+//
+// The gradient of a score is a sum over units: over the lanes of a warp by shuffles, over warps through shared memory, always
+// in the same order.
+#include "cuda/gru_products.cuh"
+#include "cuda/gru_sweep.cuh"
+
+namespace dien_ops::cuda {
+namespace {
+
+template <typename S>
+struct BackwardParams {
+    using T = Compute<S>;
+    DevicePlan plan;
+    SweepLayout layout;
+    Gate gate;
+    bool paired;  // H is even and every pointer aligned, so that two units are one access
+    Strides output_strides, attention_strides;
+    int64_t gates_size;
+    gmem<const S> attention, hx, output, gates, grad_output, grad_h_n, packed;
+    gmem<const T> projected;  // [E, 3, units]
+    gmem<S> grad_gates, grad_attention, grad_hx;
+    gmem<unsigned char> workspace;
+};
+
+template <typename Math>
+SweepLayout backward_layout(int64_t hidden, int64_t rows) {
+    using T = Accumulator<Math>;
+    using Operand = typename Math::Operand;
+    const int tiles = 3 * depth_tiles<Math>(hidden);
+    const int64_t units = round_up<int64_t>(hidden, kTileColumns);
+    const auto state = [&](int row_tiles) {
+        const int64_t n = int64_t(row_tiles) * kTileRows;
+        return arena_bytes<Operand>(n * padded_stride<Math>(tiles)) + arena_bytes<T>(n * units);
+    };
+    const auto fixed = [&](int row_tiles) {
+        return TileRows::bytes(row_tiles * kTileRows) + arena_bytes<T>(row_tiles * kTileRows * kMaxWarps<Math>);
+    };
+    const int64_t tile_bytes = units / kTileColumns * kTileNumbers<Math> * sizeof(Operand);
+    SweepLayout l = sweep_layout<Math>(hidden, rows, tiles, tile_bytes, state, fixed);
+    l.stride = padded_stride<Math>(tiles);
+    return l;
+}
+
+template <typename Math, int kRowTiles, bool kStateShared, bool kResetAfter>
+DIEN_OPS_KERNEL(kMaxWarps<Math> * 32)
+void backward_sweep(BackwardParams<typename Math::Storage> p) {
+    using S = typename Math::Storage;
+    using T = Accumulator<Math>;
+    using Operand = typename Math::Operand;
+    constexpr int kRows = kRowTiles * kTileRows;
+    const SweepLayout& l = p.layout;
+    const int hidden = l.hidden, units = l.units;
+    const int gate_tiles = l.tiles / 3, depth = gate_tiles * Math::kDepth;  // of one gate
+
+    Arena arena;
+    GlobalArena workspace(p.workspace, l.workspace_bytes);
+    const TileRows rows(arena, kRows);
+    const auto scores = arena.take<T>(kRows * kMaxWarps<Math>, "gradients of scores");  // [rows, warps]
+    const auto weights = arena.take<Operand>(l.unit_tiles * l.resident * kTileNumbers<Math>, "weights");
+    auto& memory = state_arena<kStateShared>(arena, workspace);
+    const auto grads = memory.template take<Operand>(kRows * l.stride, "gradients of gates");  // r, z, n: `depth` columns each
+    const auto exact = memory.template take<T>(kRows * units, "dh");  // each number is its owner's alone, in all steps
+
+    rows.read(p.plan, p.output_strides, p.attention_strides, kRows);
+    load_resident<Math>(weights, p.packed, l, 1);
+    sync_block();
+
+    // The columns behind H are 0, and stay so; rows that have ended keep what they had, and nobody looks at it.
+    for (int i = thread_index(); i < kRows * l.stride; i += block_threads()) grads.st(i, Math::operand(T(0)));
+    for (int i = thread_index(); i < kRows * units; i += block_threads()) {
+        const int row = i / units, unit = i % units;
+        const bool present = p.grad_h_n && unit < hidden && rows.length.ld(row) >= 0;
+        exact.st(i, present ? to_compute(p.grad_h_n.ld(rows.index.ld(row) * hidden + unit)) : T(0));
+    }
+    sync_block();
+
+    const int steps = rows.steps();
+    const auto place_of = [&](int m, int half) { return m * kTileRows + tile_row() + half * 8; };
+    const auto valid = [&](int row, int s) { return s >= 0 && s < rows.length.ld(row); };
+    const auto time = [&](int row, int s) { return time_of(p.plan.reverse, rows.length.ld(row), s); };
+
+    // What a lane needs of one row's step.
+    struct Step {
+        Pack<T, 2> r, z, n, hn, h, grad;  // h: the state before the step; grad: of the output
+        T a;
+    };
+    const auto load = [&](int row, int s, int u) {
+        Step v = {};
+        if (!valid(row, s)) return v;
+        const int unit = u * kTileColumns + tile_column(), count = pair_count(unit, hidden), t = time(row, s);
+        const int64_t gates = (rows.entry.ld(row) + t) * p.gates_size + unit;
+        v.r = load_pair(p.gates, gates, count, p.paired);
+        v.z = load_pair(p.gates, gates + hidden, count, p.paired);
+        v.n = load_pair(p.gates, gates + 2 * int64_t(hidden), count, p.paired);
+        if constexpr (kResetAfter) v.hn = load_pair(p.gates, gates + 3 * int64_t(hidden), count, p.paired);
+        if (s > 0) {
+            const int64_t before = rows.output.ld(row) + time(row, s - 1) * p.output_strides.t + unit;
+            v.h = load_pair(p.output, before, count, p.paired);
+        } else if (p.hx) {
+            v.h = load_pair(p.hx, rows.index.ld(row) * hidden + unit, count, p.paired);
+        }
+        if (p.grad_output) {
+            v.grad = load_pair(p.grad_output, rows.output.ld(row) + t * p.output_strides.t + unit, count, p.paired);
+        }
+        if (p.gate != Gate::none) v.a = to_compute(p.attention.ld(rows.attention.ld(row) + t * p.attention_strides.t));
+        return v;
+    };
+    // Leaves a gate's gradient for the product, as `column` says, and for what comes after the sweep.
+    const auto leave = [&](int row, int s, int u, int column, int gate, Pack<T, 2> operand, Pack<T, 2> grad) {
+        const int unit = u * kTileColumns + tile_column();
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            if (unit + j < hidden) grads.st(row * l.stride + column * depth + unit + j, Math::operand(operand.v[j]));
+        }
+        const int64_t entry = (rows.entry.ld(row) + time(row, s)) * p.gates_size;
+        store_pair(p.grad_gates, entry + int64_t(gate) * hidden + unit, pair_count(unit, hidden), p.paired, grad);
+    };
+    // Where attention scales W x: its gradient from that of one gate.
+    const auto score_of_input = [&](int row, int s, int u, int gate, Pack<T, 2> grad) {
+        const int64_t step = rows.step.ld(row) + time(row, s);
+        const auto x = p.projected.template ld_as<Pack<T, 2>>((step * 3 + gate) * units + u * kTileColumns + tile_column());
+        return x.v[0] * grad.v[0] + x.v[1] * grad.v[1];
+    };
+    // Sums what the lanes have for their rows' scores; between a barrier after it and the next, finish_scores may follow.
+    const auto post_scores = [&](T(&da)[kRowTiles][2]) {
+        if (p.gate == Gate::none) return;
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                T sum = da[m][half];
+                sum += shuffle_xor(sum, 1);
+                sum += shuffle_xor(sum, 2);
+                if (lane_index() % 4 == 0) scores.st(place_of(m, half) * kMaxWarps<Math> + warp_index(), sum);
+            }
+        }
+    };
+    const auto finish_scores = [&](int s) {
+        if (p.gate == Gate::none) return;
+        for (int row = thread_index(); row < kRows; row += block_threads()) {
+            if (!valid(row, s)) continue;
+            T sum = 0;
+            for (int w = 0; w < block_warps(); ++w) sum += scores.ld(row * kMaxWarps<Math> + w);
+            p.grad_attention.st(rows.attention.ld(row) + time(row, s) * p.attention_strides.t, to_storage<S>(sum));
+        }
+    };
+    // dh of the lane's units plus the product with the gates' gradients of tiles [begin, end).
+    const auto add_product = [&](int s, int u, int begin, int end) {
+        T d[kRowTiles][1][4] = {};
+        multiply_unit<Math>(d, grads, 0, weights, p.packed, l, u, 1, 0, begin, end);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = place_of(m, half), at = row * units + u * kTileColumns + tile_column();
+                if (!valid(row, s)) continue;
+                Pack<T, 2> dh = exact.template ld_as<Pack<T, 2>>(at);
+                dh.v[0] += d[m][0][half * 2], dh.v[1] += d[m][0][half * 2 + 1];
+                exact.st_as(at, dh);
+            }
+        }
+    };
+
+    struct Steps {
+        Step row[kRowTiles][2];
+    };
+    const auto load_all = [&](int s, int u) {
+        Steps v = {};
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) v.row[m][half] = load(place_of(m, half), s, u);
+        }
+        return v;
+    };
+
+    Steps now = {};
+    if (warp_index() < l.unit_tiles) now = load_all(steps - 1, warp_index());
+    for (int s = steps - 1; s >= 0; --s) {
+        T da[kRowTiles][2] = {};
+        for (int u = warp_index(); u < l.unit_tiles; u += block_warps()) {
+#pragma unroll
+            for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int row = place_of(m, half), at = row * units + u * kTileColumns + tile_column();
+                    if (!valid(row, s)) continue;
+                    const Step& v = now.row[m][half];
+                    Pack<T, 2> dh = exact.template ld_as<Pack<T, 2>>(at), dr, dz, dn, dhn;
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        const T r = v.r.v[j], z = v.z.v[j], n = v.n.v[j], h = v.h.v[j], k = keep_weight(p.gate, z, v.a);
+                        const T d = dh.v[j] + v.grad.v[j];
+                        const KeepGradient<T> of_keep = keep_gradient(p.gate, d * (h - n), z, v.a);
+                        dz.v[j] = of_keep.dz * z * (T(1) - z);
+                        dn.v[j] = d * (T(1) - k) * (T(1) - n * n);
+                        dhn.v[j] = dn.v[j] * r;
+                        dr.v[j] = dn.v[j] * v.hn.v[j] * r * (T(1) - r);
+                        dh.v[j] = d * k;
+                        if (p.gate != Gate::input) da[m][half] += of_keep.da;
+                    }
+                    exact.st_as(at, dh);
+                    leave(row, s, u, 1, 1, dz, dz);
+                    leave(row, s, u, 2, 2, kResetAfter ? dhn : dn, dn);
+                    if constexpr (kResetAfter) {
+                        leave(row, s, u, 0, 0, dr, dr);
+                        const int unit = u * kTileColumns + tile_column();
+                        const int64_t entry = (rows.entry.ld(row) + time(row, s)) * p.gates_size;
+                        store_pair(p.grad_gates, entry + 3 * int64_t(hidden) + unit, pair_count(unit, hidden), p.paired, dhn);
+                    }
+                    if (p.gate == Gate::input) {
+                        da[m][half] += score_of_input(row, s, u, 1, dz) + score_of_input(row, s, u, 2, dn);
+                        if constexpr (kResetAfter) da[m][half] += score_of_input(row, s, u, 0, dr);
+                    }
+                }
+            }
+            // After the use of what it replaces, for want of registers; barrier and product hide the wait.
+            const bool last = u + block_warps() >= l.unit_tiles;
+            now = last ? load_all(s - 1, warp_index()) : load_all(s, u + block_warps());
+        }
+        if constexpr (kResetAfter) {
+            post_scores(da);
+            sync_block();
+            finish_scores(s);
+            for (int u = warp_index(); u < l.unit_tiles; u += block_warps()) add_product(s, u, 0, l.tiles);
+            sync_block();
+        } else {
+            sync_block();
+            for (int u = warp_index(); u < l.unit_tiles; u += block_warps()) {
+                T d[kRowTiles][1][4] = {};  // of r h
+                multiply_unit<Math>(d, grads, 0, weights, p.packed, l, u, 1, 0, 2 * gate_tiles, l.tiles);
+#pragma unroll
+                for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const int row = place_of(m, half), at = row * units + u * kTileColumns + tile_column();
+                        if (!valid(row, s)) continue;
+                        const Step v = load(row, s, u);
+                        Pack<T, 2> dh = exact.template ld_as<Pack<T, 2>>(at), dr;
+#pragma unroll
+                        for (int j = 0; j < 2; ++j) {
+                            const T r = v.r.v[j], of_product = d[m][0][half * 2 + j];
+                            dr.v[j] = of_product * v.h.v[j] * r * (T(1) - r);
+                            dh.v[j] += of_product * r;
+                        }
+                        exact.st_as(at, dh);
+                        leave(row, s, u, 0, 0, dr, dr);
+                        if (p.gate == Gate::input) da[m][half] += score_of_input(row, s, u, 0, dr);
+                    }
+                }
+            }
+            post_scores(da);
+            sync_block();
+            finish_scores(s);
+            for (int u = warp_index(); u < l.unit_tiles; u += block_warps()) add_product(s, u, 0, 2 * gate_tiles);
+            sync_block();
+        }
+    }
+
+    for (int i = thread_index(); i < kRows * hidden; i += block_threads()) {
+        const int row = i / hidden, unit = i % hidden;
+        if (rows.length.ld(row) >= 0) {
+            p.grad_hx.st(rows.index.ld(row) * hidden + unit, to_storage<S>(exact.ld(row * units + unit)));
+        }
+    }
+}
+
+template <typename S>
+BackwardParams<S> params(const GruBackward<S>& p, const SweepLayout& l) {
+    const int64_t H = p.hidden_size, rows = p.rows(), cells = rows * p.steps;
+    BackwardParams<S> k{DevicePlan(p), l, p.gate};
+    k.paired = H % 2 == 0 && pairs_aligned<S>({p.hx, p.output, p.gates, p.grad_output, p.grad_gates});
+    k.output_strides = p.output_strides, k.attention_strides = p.attention_strides;
+    k.gates_size = p.gates_size();
+    k.attention = {p.attention, cells, "attention"};
+    k.hx = {p.hx, rows * H, "hx"};
+    k.output = {p.output, cells * H, "output"};
+    k.gates = {p.gates, cells * p.gates_size(), "gates"};
+    k.grad_output = {p.grad_output, cells * H, "grad_output"};
+    k.grad_h_n = {p.grad_h_n, rows * H, "grad_h_n"};
+    k.packed = {p.packed, gru_packed_size(p), "packed weight_hh"};
+    k.projected = {p.projected, p.batch * p.steps * gru_projection_width(H), "projected"};
+    k.grad_gates = {p.grad_gates, cells * p.gates_size(), "grad_gates"};
+    k.grad_attention = {p.grad_attention, cells, "grad_attention"};
+    k.grad_hx = {p.grad_hx, rows * H, "grad_hx"};
+    k.workspace = {p.workspace, gru_backward_workspace(p), "workspace"};
+    return k;
+}
+
+}  // namespace
+
+template <typename S>
+GruResidence gru_backward_residence(int64_t hidden_size, bool tf32) {
+    GruResidence residence;
+    with_math<S>(tf32, [&](auto math) { residence = residence_of(backward_layout<decltype(math)>(hidden_size, 1)); });
+    return residence;
+}
+
+template <typename S>
+int64_t gru_backward_workspace(const GruProblem<S>& p) {
+    int64_t bytes = 0;
+    with_math<S>(p.tf32, [&](auto math) {
+        const SweepLayout l = backward_layout<decltype(math)>(p.hidden_size, p.rows());
+        bytes = sweep_blocks(p, l) * l.workspace_bytes;
+    });
+    return bytes;
+}
+
+template <typename S>
+void gru_backward(Stream stream, const GruBackward<S>& p) {
+    with_math<S>(p.tf32, [&](auto math) {
+        using Math = decltype(math);
+        const SweepLayout l = backward_layout<Math>(p.hidden_size, p.rows());
+        const int64_t H = p.hidden_size;
+        // A column is a unit of h, k runs over r's units, z's, n's.
+        pack<Math>(stream, {p.weight_hh, 3 * H * H, "weight_hh"}, {3, H, H, H * H, 1, H},
+                   {l.tiles, 1, l.tiles / 3, 3 * l.unit_tiles}, {p.packed, gru_packed_size(p), "packed weight_hh"});
+        const Grid grid = {sweep_blocks(p, l), 1, 1, 32 * l.warps, l.shared_bytes};
+        with_layout<Math>(l, [&](auto row_tiles, auto state_shared) {
+            const auto run = [&](auto reset_after) {
+                launch("gru_backward", backward_sweep<Math, row_tiles(), state_shared(), reset_after()>, grid, stream,
+                       params(p, l));
+            };
+            p.reset_after ? run(std::true_type{}) : run(std::false_type{});
+        });
+    });
+}
+
+#define DIEN_OPS_INSTANTIATE(S)                                       \
+    template GruResidence gru_backward_residence<S>(int64_t, bool);   \
+    template int64_t gru_backward_workspace<S>(const GruProblem<S>&); \
+    template void gru_backward<S>(Stream, const GruBackward<S>&);
+DIEN_OPS_INSTANTIATE(float)
+DIEN_OPS_INSTANTIATE(double)
+DIEN_OPS_INSTANTIATE(BFloat16)
+DIEN_OPS_INSTANTIATE(Half)
+
+}  // namespace dien_ops::cuda

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the sweeps need of gru_products.cu: weights packed for tile.cuh's products.
+#pragma once
+
+#include "cuda/gru.h"
+#include "cuda/launch.cuh"
+#include "cuda/tile.cuh"
+
+namespace dien_ops::cuda {
+
+// B from a weight of `gates` matrices: number (k, n) of gate g is weight[g * gate_stride + n * column_stride + k *
+// depth_stride].
+struct PackedWeight {
+    int64_t gates, columns, depth;  // depth: the k of one gate
+    int64_t gate_stride, column_stride, depth_stride;
+};
+
+// Where tile (k tile, column tile) of a gate lies, in tiles. column_tiles: of all gates together; more than they have are
+// zeros.
+struct PackedOrder {
+    int64_t column, depth, gate;
+    int64_t column_tiles;
+};
+
+template <typename Math>
+void pack(Stream stream, const gmem<const typename Math::Storage>& weight, const PackedWeight& w, const PackedOrder& order,
+          const gmem<typename Math::Operand>& packed);
+
+// Whether two numbers at an even place of each of these arrays are one aligned access.
+template <typename S>
+bool pairs_aligned(std::initializer_list<const void*> arrays) {
+    for (const void* array : arrays) {
+        if (reinterpret_cast<uintptr_t>(array) % (2 * sizeof(S)) != 0) return false;
+    }
+    return true;
+}
+
+}  // namespace dien_ops::cuda

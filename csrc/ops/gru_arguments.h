@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arguments of the recurrent operators, checked alike for every back end.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "common/gates.h"
+#include "ops/tensor.h"
+
+namespace dien_ops::ops {
+
+inline Gate parse_gate(const std::string& name) {
+    if (name == "none") return Gate::none;
+    if (name == "input") return Gate::input;
+    if (name == "replace") return Gate::replace;
+    if (name == "paper") return Gate::paper;
+    if (name == "authors") return Gate::authors;
+    throw std::runtime_error("gate must be one of none, input, replace, paper, authors; got " + name);
+}
+
+// The tensors of a call, checked and contiguous, and the layout they are in. Owns what a GruProblem borrows.
+struct GruArguments {
+    int64_t B, C, T, I, H;
+    bool several;  // attention has a target axis
+    Gate gate;
+    bool reset_after, reverse, batch_first;
+    ScalarType dtype;
+    Tensor input, weight_ih, weight_hh;
+    OptionalTensor attention, hx, bias_ih, bias_hh;
+
+    std::vector<int64_t> with_time(const std::vector<int64_t>& batch_axes, const std::vector<int64_t>& last) const {
+        std::vector<int64_t> sizes = batch_axes;
+        sizes.insert(batch_first ? sizes.end() : sizes.begin(), T);
+        sizes.insert(sizes.end(), last.begin(), last.end());
+        return sizes;
+    }
+    std::vector<int64_t> rows() const { return several ? std::vector{B, C} : std::vector{B}; }
+    std::vector<int64_t> state_sizes() const {
+        std::vector<int64_t> sizes = rows();
+        sizes.push_back(H);
+        return sizes;
+    }
+    std::vector<int64_t> output_sizes() const { return with_time(rows(), {H}); }
+    std::vector<int64_t> attention_sizes() const { return with_time(rows(), {}); }
+    std::vector<int64_t> gates_sizes() const { return {B, C, T, (reset_after ? 4 : 3) * H}; }
+    // From one row, target or step to the next in a tensor [.., width] of this layout, with a target axis or without.
+    struct Strides {
+        int64_t b, c, t;
+    };
+    Strides strides(int64_t targets, int64_t width) const {
+        if (batch_first) return {targets * T * width, T * width, width};  // [B, C, T, width]
+        return {targets * width, width, B * targets * width};             // [T, B, C, width]
+    }
+    ScalarType compute_dtype() const { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+};
+
+inline GruArguments read_gru_arguments(const Tensor& input, const OptionalTensor& attention, const OptionalTensor& hx,
+                                       const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
+                                       const OptionalTensor& bias_hh, const std::string& gate, bool reset_after,
+                                       bool batch_first, bool reverse) {
+    GruArguments a;
+    a.gate = parse_gate(gate);
+    a.reset_after = reset_after;
+    a.reverse = reverse;
+    a.batch_first = batch_first;
+    a.dtype = input.scalar_type();
+    check(input.dim() == 3, "input must be 3-D, got shape ", to_string(sizes_of(input)));
+    check(weight_hh.dim() == 2, "weight_hh must be 2-D, got shape ", to_string(sizes_of(weight_hh)));
+    check(attention.has_value() == (a.gate != Gate::none), "attention must be given for every gate but none");
+    check(!reverse || a.gate == Gate::none, "reverse must be false for every gate but none");
+    a.B = input.size(batch_first ? 0 : 1);
+    a.T = input.size(batch_first ? 1 : 0);
+    a.I = input.size(2);
+    a.H = weight_hh.size(1);
+    a.several = attention.has_value() && attention->dim() == 3;
+    a.C = a.several ? attention->size(batch_first ? 1 : 2) : 1;
+    a.input = checked(input, "input", sizes_of(input), a.dtype, input);
+    a.attention = checked(attention, "attention", a.attention_sizes(), a.dtype, input);
+    a.hx = checked(hx, "hx", a.state_sizes(), a.dtype, input);
+    a.weight_ih = checked(weight_ih, "weight_ih", {3 * a.H, a.I}, a.dtype, input);
+    a.weight_hh = checked(weight_hh, "weight_hh", {3 * a.H, a.H}, a.dtype, input);
+    a.bias_ih = checked(bias_ih, "bias_ih", {3 * a.H}, a.dtype, input);
+    a.bias_hh = checked(bias_hh, "bias_hh", {3 * a.H}, a.dtype, input);
+    return a;
+}
+
+}  // namespace dien_ops::ops
