@@ -456,6 +456,22 @@ def test_vectors_must_be_aligned():
     assert torch.equal(ops().move(x, 1), x)
 
 
+@pytest.mark.parametrize("of_part", [True, False])
+def test_a_part_of_a_buffer_ends_where_the_buffer_does(of_part):
+    x = torch.randn(100)
+    for offset, count in ((0, 100), (3, 40), (99, 1), (100, 0)):
+        assert torch.equal(ops().part(x, 100, offset, count, of_part), x[offset : offset + count])
+    for offset, count in ((0, 101), (-1, 1), (101, 0), (50, 51), (3, -1)):
+        message = f"out of range: part of 'in' [{offset}, {offset + count}) of 100 numbers test_kernels.cu:"
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            ops().part(x, 100, offset, count, of_part)
+
+
+@pytest.mark.parametrize("of_part", [True, False])
+def test_a_part_of_an_absent_buffer_is_absent(of_part):
+    assert torch.equal(ops().part(None, 100, 3, 40, of_part), torch.zeros(40))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [4, 128, 132, 1000])
 def test_copies_are_there_when_waited_for_whenever_they_happen(dtype, count, order, set_executor):

@@ -91,7 +91,7 @@ struct gmem {
     DIEN_OPS_DEVICE V ld_as(int64_t i, Site site = {}) const;
     template <typename V>
     DIEN_OPS_DEVICE void st_as(int64_t i, V value, Site site = {}) const;
-    // The numbers offset .. offset + n - 1.
+    // The numbers offset .. offset + n - 1; of an absent buffer, one that is absent.
     DIEN_OPS_HOST_DEVICE gmem sub(int64_t offset, int64_t n, Site site = {}) const;
 };
 
@@ -267,7 +267,7 @@ DIEN_OPS_DEVICE void gmem<T>::st_as(int64_t i, V value, Site) const {
 }
 template <typename T>
 DIEN_OPS_HOST_DEVICE gmem<T> gmem<T>::sub(int64_t offset, int64_t count, Site) const {
-    return {ptr + offset, count, name};
+    return {ptr == nullptr ? nullptr : ptr + offset, count, name};
 }
 
 template <typename T>

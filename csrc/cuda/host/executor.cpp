@@ -1,4 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
+// Fibers hand the processor to each other: one that waits picks the next by the order of the run and switches to it, and the
+// last to come to a collective does its work for all and makes them runnable. Whoever would wait for somebody that cannot come
+// ends the launch at once: every thread that has begun is then ended by an exception of its own, so that its stack unwinds.
 #include "cuda/host/executor.h"
 
 #include <algorithm>
@@ -6,6 +9,8 @@
 #include <exception>
 #include <mutex>
 #include <numeric>
+#include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "cuda/host/fiber.h"
@@ -56,7 +61,7 @@ class Runnable {
     void clear(int rank) { words_[rank / 64] &= ~(uint64_t{1} << rank % 64); }
     void clear_all() { std::fill(std::begin(words_), std::end(words_), 0); }
     bool contains(int rank) const { return (words_[rank / 64] >> rank % 64 & 1) != 0; }
-    // The first from the given rank on, and around the end; -1 where there is none.
+    // The first from the given rank on, and around the end.
     int next(int from) const {
         const int word = from / 64 % kWords, bit = from % 64;
         if (const uint64_t rest = words_[word] >> bit; rest != 0) return from % kMostThreads + std::countr_zero(rest);
@@ -64,7 +69,7 @@ class Runnable {
             const int w = (word + i) % kWords;
             if (words_[w] != 0) return w * 64 + std::countr_zero(words_[w]);
         }
-        return -1;
+        throw std::logic_error("host executor: no thread can run");
     }
 
   private:
@@ -142,6 +147,8 @@ class Executor {
 
 Executor executor;
 
+thread_local bool runs_kernel = false;
+
 std::string block_name(const Launch& launch, const int64_t* block) {
     std::string name = "block " + std::to_string(block[0]);
     if (launch.blocks[1] > 1 || launch.blocks[2] > 1) {
@@ -155,7 +162,6 @@ void Executor::run(const Launch& launch) {
     launch_ = &launch;
     order_ = options.order;
     random_ = Random(options.seed);
-    error_ = nullptr;
     stopping_ = false;
     shadow.start_launch();
     shared_.resize(launch.shared_bytes + 256);
@@ -170,24 +176,25 @@ void Executor::run(const Launch& launch) {
     if (order_ == ExecutorOptions::reverse) std::reverse(blocks.begin(), blocks.end());
     if (order_ == ExecutorOptions::shuffled || order_ == ExecutorOptions::skewed) random_.shuffle(blocks);
     running.check = options.check;
-    running.active = true;
     for (size_t i = 0; i < blocks.size() && !stopping_; ++i) {
         running.block[0] = blocks[i] % launch.blocks[0];
         running.block[1] = blocks[i] / launch.blocks[0] % launch.blocks[1];
         running.block[2] = blocks[i] / launch.blocks[0] / launch.blocks[1];
         run_block();
     }
-    running.active = false;
 
     const std::vector<std::string>& lines = shadow.reports.lines();
-    if (error_ != nullptr && lines.empty()) std::rethrow_exception(error_);
-    if (lines.empty()) return;
+    const std::exception_ptr error = std::exchange(error_, nullptr);
+    if (lines.empty()) {
+        if (error != nullptr) std::rethrow_exception(error);
+        return;
+    }
     std::string text;
-    if (error_ != nullptr) {
+    if (error != nullptr) {
         try {
-            std::rethrow_exception(error_);
-        } catch (const std::exception& error) {
-            text = std::string(error.what()) + "\n";
+            std::rethrow_exception(error);
+        } catch (const std::exception& thrown) {
+            text = std::string(thrown.what()) + "\n";
         }
     }
     text += std::string("kernel ") + launch.kernel + ":";
@@ -239,7 +246,8 @@ void Executor::arrange_threads() {
     for (int i = 0; i < running.threads; ++i) rank_of_[thread_at_[i]] = i;
 }
 
-// The rank of the next thread, -1 where none can run.
+// The rank of the next thread. There is always one that can run: no thread begins to wait where those that it waits for cannot
+// come.
 int Executor::pick() {
     switch (order_) {
         case ExecutorOptions::shuffled:
@@ -265,15 +273,14 @@ void Executor::thread_main() {
     executor.leave();
 }
 
-// Runs the next thread in the place of this one, which waits unless it is runnable. There is always one that can run: no thread
-// begins to wait where those that it waits for cannot come.
+// Runs other threads until it is this one's turn again.
 void Executor::wait() {
     go_to(pick(), false);
     if (stopping_) throw Stop{};
     self().waits_in = nullptr;
 }
 
-// The same where this one is done.
+// This thread is done.
 void Executor::leave() {
     self().exited = true;
     runnable_.clear(rank_);
@@ -379,9 +386,15 @@ void Executor::wait_for_copies(int groups_left) {
 
 }  // namespace
 
+bool in_kernel() { return runs_kernel; }
+
 void run(const Launch& launch) {
     static std::mutex mutex;
     const std::lock_guard lock(mutex);
+    struct Scope {
+        Scope() { runs_kernel = true; }
+        ~Scope() { runs_kernel = false; }
+    } scope;
     executor.run(launch);
 }
 

@@ -48,9 +48,11 @@ struct Running {
     unsigned char* shared;
     int64_t shared_bytes;
     bool check;
-    bool active;  // false outside of a launch
 };
 extern Running running;
+
+// Whether the caller is a thread of a kernel.
+bool in_kernel();
 
 // Ends the launch with message and the thread.
 [[noreturn]] void fail(const std::string& message);

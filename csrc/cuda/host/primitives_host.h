@@ -61,7 +61,7 @@ inline bool is_part(int64_t offset, int64_t count, int64_t n, const char* name, 
     if (offset >= 0 && count >= 0 && offset <= n - count) return true;
     const std::string detail = "part of '" + std::string(name) + "' [" + std::to_string(offset) + ", " +
                                std::to_string(offset + count) + ") of " + std::to_string(n) + " numbers";
-    if (!running.active) throw std::runtime_error("out of range: " + detail + " " + file_and_line(site));
+    if (!in_kernel()) throw std::runtime_error("out of range: " + detail + " " + file_and_line(site));
     report("out of range", detail, name, site);
     return false;
 }
@@ -98,7 +98,8 @@ void gmem<T>::st_as(int64_t i, V value, Site site) const {
 }
 template <typename T>
 gmem<T> gmem<T>::sub(int64_t offset, int64_t count, Site site) const {
-    return host::is_part(offset, count, n, name, site) ? gmem(ptr + offset, count, name) : gmem(ptr, 0, name);
+    const bool inside = host::is_part(offset, count, n, name, site);
+    return gmem(ptr == nullptr || !inside ? ptr : ptr + offset, inside ? count : 0, name);
 }
 
 template <typename T>
@@ -156,7 +157,7 @@ T shuffle_xor(T value, int lane_mask, Site site) {
     host::wait_for_warp("shuffle_xor", site, &mine, [](void* const* lanes) {
         for (int i = 0; i < kWarp; ++i) {
             auto* lane = static_cast<Operands*>(lanes[i]);
-            lane->result = static_cast<Operands*>(lanes[(i ^ lane->lane_mask) % kWarp])->value;
+            lane->result = static_cast<Operands*>(lanes[(i ^ lane->lane_mask) & (kWarp - 1)])->value;
         }
     });
     return mine.result;

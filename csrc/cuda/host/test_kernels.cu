@@ -172,6 +172,12 @@ void move_kernel(gmem<const T> in, gmem<T> out) {
     if (j < in.n) out.template st_as<V>(j, staged.template ld_as<V>(other));
 }
 
+DIEN_OPS_KERNEL(kWarp) void part_kernel(gmem<const float> in, gmem<float> out, int64_t offset, int64_t n) {
+    const gmem<const float> part = in.sub(offset, n);
+    if (!part) return;
+    for (int64_t i = lane_index(); i < n; i += kWarp) out.st(i, part.ld(i));
+}
+
 template <typename T>
 DIEN_OPS_KERNEL(kWarp)
 void copy_in_groups_kernel(gmem<const T> in, gmem<T> out) {
@@ -312,6 +318,12 @@ void move(const T* in, T* out, int64_t n, Stream stream) {
     launch("move", move_kernel<T, kNumbers>,
            {.x = (n + of_block - 1) / of_block, .threads = kElementThreads, .shared_bytes = arena_bytes<T>(of_block)}, stream,
            {in, n, "in"}, {out, n, "out"});
+}
+
+void part(const float* in, int64_t in_n, int64_t offset, int64_t n, bool of_part, float* out, Stream stream) {
+    const gmem<const float> whole = {in, in_n, "in"};
+    launch("part", part_kernel, {.threads = kWarp}, stream, of_part ? whole.sub(offset, n) : whole, {out, n, "out"},
+           of_part ? 0 : offset, n);
 }
 
 template <typename T>

@@ -82,6 +82,10 @@ void take(int numbers, int64_t shared_bytes, Stream stream);
 template <typename T, int kNumbers>
 void move(const T* in, T* out, int64_t n, Stream stream);
 
+// out [n] = the numbers of in [in_n] from offset on, or nothing where in is null. of_part: the kernel gets this part, else it
+// makes it.
+void part(const float* in, int64_t in_n, int64_t offset, int64_t n, bool of_part, float* out, Stream stream);
+
 // out [n] = in [n] through shared memory by asynchronous copies in as many groups as there are, of which the last may be late;
 // n <= 4096, a multiple of 16 bytes.
 template <typename T>

@@ -116,6 +116,13 @@ Tensor move(const Tensor& in, int64_t numbers) {
     return out;
 }
 
+Tensor part(const OptionalTensor& in, int64_t in_n, int64_t offset, int64_t n, bool of_part) {
+    const OptionalTensor dense = checked(in, "in", {in_n}, ScalarType::Float);
+    const Tensor out = zeros({std::max<int64_t>(n, 0)}, ScalarType::Float);
+    test::part(pointer<float>(dense), in_n, offset, n, of_part, mutable_pointer<float>(out), nullptr);
+    return out;
+}
+
 Tensor copy_in_groups(const Tensor& in) {
     const Tensor out = zeros(sizes_of(in), in.scalar_type());
     with_floating_type(in.scalar_type(), "in", [&]<typename T>(T) {
@@ -196,6 +203,7 @@ STABLE_TORCH_LIBRARY(dien_ops_test, m) {
     m.def("perform(Tensor steps, Tensor(a!) numbers, int blocks, int threads) -> ()");
     m.def("take(int numbers, int shared_bytes) -> ()");
     m.def("move(Tensor x, int numbers) -> Tensor");
+    m.def("part(Tensor? x, int x_numbers, int offset, int numbers, bool of_part) -> Tensor");
     m.def("copy_in_groups(Tensor x) -> Tensor");
     m.def("shuffle(Tensor x, int lane_mask) -> Tensor");
     m.def("mma(Tensor a, Tensor b, Tensor d) -> Tensor");
@@ -214,6 +222,7 @@ STABLE_TORCH_LIBRARY_IMPL(dien_ops_test, CompositeExplicitAutograd, m) {
     m.impl("perform", TORCH_BOX(&perform));
     m.impl("take", TORCH_BOX(&take));
     m.impl("move", TORCH_BOX(&move));
+    m.impl("part", TORCH_BOX(&part));
     m.impl("copy_in_groups", TORCH_BOX(&copy_in_groups));
     m.impl("shuffle", TORCH_BOX(&shuffle));
     m.impl("mma", TORCH_BOX(&mma));
