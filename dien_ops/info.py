@@ -86,6 +86,11 @@ def _largest_resident_size(like: torch.Tensor) -> int:
     return bisect.bisect_left(range(4096), True, lo=1, key=streamed) - 1
 
 
+def _resident_sizes(device: torch.device) -> str:
+    likes = (torch.empty(0, dtype=dtype, device=device) for dtype in _checks.ANY_PRECISION)
+    return ", ".join(f"{_largest_resident_size(x)} in {str(x.dtype).removeprefix('torch.')}" for x in likes)
+
+
 def _operators(dispatch_key: str) -> str:
     registered = torch._C._dispatch_get_registrations_for_dispatch_key(dispatch_key)
     return ", ".join(sorted(x.removeprefix("dien_ops::") for x in registered if x.startswith("dien_ops::")))
@@ -99,9 +104,7 @@ def _gpus() -> dict[str, str]:
         problem = None if _library.cuda_problem() else _library.gpu_problem(device)
         facts[f"cuda:{index}"] = f"{name}, compute capability {major}.{minor}" + (f": {problem}" if problem else "")
         if not problem and not _library.cuda_problem():
-            likes = (torch.empty(0, dtype=dtype, device=device) for dtype in _checks.ANY_PRECISION)
-            sizes = (f"{_largest_resident_size(x)} in {str(x.dtype).removeprefix('torch.')}" for x in likes)
-            facts[f"cuda:{index}, GRU wholly on the chip"] = f"H up to {', '.join(sizes)}; slower beyond"
+            facts[f"cuda:{index}, GRU wholly on the chip"] = f"H up to {_resident_sizes(device)}; slower beyond"
     return facts or {"GPU": "none visible"}
 
 

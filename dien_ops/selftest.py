@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every operator against the reference equations on this machine: ``python -m dien_ops.selftest``.
 
-Run it on new hardware or after a new build. It prints one line per operator and exits with code 1, naming the
-operators, where a result or a gradient is wrong.
+Run it on new hardware or after a new build; operators that have CUDA kernels are checked on each GPU too. It prints
+one line per operator and exits with code 1, naming the operators, where a result or a gradient is wrong.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dien_ops import functional, reference
+from dien_ops import _library, functional, reference
 
 # Allowed error relative to the largest value. The kernels' own error is about 1e-6 and 1e-14 at these sizes.
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11}
@@ -136,9 +136,18 @@ def checks() -> Iterator[tuple[str, Check]]:
         yield name, _mba(name)
 
 
-def error_of(check: Check, dtype: torch.dtype) -> float:
+def _gpus() -> list[torch.device]:
+    """Those that the CUDA kernels run on."""
+    if _library.cuda_problem():
+        return []
+    devices = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    return [device for device in devices if not _library.gpu_problem(device)]
+
+
+def error_of(check: Check, dtype: torch.dtype, device: torch.device) -> float:
     """The largest difference to the float64 reference, relative to the largest value; inf where one is not finite."""
-    with torch.random.fork_rng(devices=[]):
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus), device, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         torch.manual_seed(0)
         exact = check(reference, torch.float64)
         torch.manual_seed(0)
@@ -156,8 +165,11 @@ def main() -> int:
     """Runs all checks; returns the process's exit code."""
     start, failed = time.perf_counter(), []
     print(f"{'operator':<48} {'float32':>9} {'float64':>9}")
-    for name, check in checks():
-        errors = {dtype: error_of(check, dtype) for dtype in TOLERANCE}
+    todo = [(name, check, torch.device("cpu")) for name, check in checks()]
+    for gpu in _gpus():
+        todo += [(f"{name}, on {gpu}", check, gpu) for name, check in checks() if "gru" in name]
+    for name, check, device in todo:
+        errors = {dtype: error_of(check, dtype, device) for dtype in TOLERANCE}
         wrong = [dtype for dtype, error in errors.items() if not error <= TOLERANCE[dtype]]
         print(f"{name:<48} {errors[torch.float32]:9.1e} {errors[torch.float64]:9.1e}  {'WRONG' if wrong else 'ok'}")
         if wrong:

@@ -43,6 +43,7 @@ def test_reference_has_every_function_with_the_same_signature(name):
 
 def test_every_operator_runs_on_the_cpu_and_has_a_fake_rule():
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("dien_ops::")}
+    names.remove("dien_ops::gru_residence")  # computes nothing: a question about a GPU
     assert len(names) >= 17
     for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"), name
@@ -210,8 +211,11 @@ def test_info_names_each_gpu_and_what_keeps_it_from_running_the_kernels(monkeypa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["NVIDIA H100", "Tesla T4"][index])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
+    monkeypatch.setattr(dien_ops.info, "_resident_sizes", lambda device: "128 in float32")
     facts = dien_ops.info.collect()
     assert facts["cuda:0"] == "NVIDIA H100, compute capability 9.0"
+    assert facts["cuda:0, GRU wholly on the chip"] == "H up to 128 in float32; slower beyond"
+    assert "cuda:1, GRU wholly on the chip" not in facts
     assert facts["cuda:1"].startswith("Tesla T4, compute capability 7.5: ") and "need 8.0" in facts["cuda:1"]
 
 
@@ -238,6 +242,13 @@ def test_selftest_names_a_wrong_operator_and_exits_with_one(monkeypatch, capsys)
     monkeypatch.setattr(functional, "dice", lambda *a, **k: right(*a, **k) * 1.001)
     assert dien_ops.selftest.main() == 1
     assert "dice(training=True); dice(training=False)" in capsys.readouterr().err
+
+
+def test_selftest_checks_the_recurrent_operators_on_every_gpu_too(monkeypatch, capsys):
+    monkeypatch.setattr(dien_ops.selftest, "_gpus", lambda: [torch.device("cpu")])
+    assert dien_ops.selftest.main() == 0
+    printed = capsys.readouterr().out
+    assert printed.count("on cpu ") == 10 and "gru, reset after, on cpu" in printed
 
 
 def test_selftest_sees_nan(monkeypatch):
