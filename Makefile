@@ -38,7 +38,7 @@ test: $(VENV)/dien_ops  ## all tests, and the package's own check of this machin
 	$(MAKE) test-cuda-host
 
 # The CUDA kernels as C++, in a build tree of their own. The argument: with sanitizers, ON or OFF.
-HOST_EXECUTOR_TESTS := $(foreach name,host_executor gru_cuda gru gru_drop_in gru_module gru_transforms,python_tests/test_$(name).py)
+HOST_EXECUTOR_TESTS := $(foreach name,host_executor cuda_primitives gru_cuda gru gru_drop_in gru_module gru_transforms,python_tests/test_$(name).py)
 host_executor = build/host-executor-sanitize-$(1)/libdien_ops_cuda_host.so
 define build_host_executor
 	$(BIN)/cmake -S . -B $(dir $(host_executor)) -G Ninja --log-level=NOTICE -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
@@ -51,6 +51,7 @@ test-cuda-host: $(VENV)/dien_ops  ## the CUDA kernels' tests without a GPU: the 
 	$(BIN)/python -m pytest --host-executor $(call host_executor,OFF) $(HOST_EXECUTOR_TESTS) $(PYTEST)
 
 cuda-report: $(VENV)/dien_ops  ## registers, stack and spills of the CUDA kernels; fails where one spills
+	$(BIN)/cmake --build build/$$($(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)')-sanitize0 --target dien_ops_cuda_test
 	$(BIN)/python .ci/cuda_report.py
 
 # The rivals are in the extra `bench`; the native libraries are built already.

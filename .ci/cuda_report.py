@@ -9,7 +9,8 @@ unless a comment above it allows so much, with the reason::
     // stack allowed: 40 bytes (the message of require)
 
 A stack frame besides the spills is an array that does not live in registers, or what a message is printed from. Fails
-also where a kernel file does what only ``primitives.cuh`` and ``launch.cuh`` may do.
+also where a kernel file does what only ``primitives.cuh`` and ``launch.cuh`` may do. All this holds for the kernels of
+the primitives' own tests too (``csrc/cuda/test``).
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def demangled(names: list[str]) -> list[str]:
 
 def short(name: str) -> str:
     """``void dien_ops::cuda::(anonymous namespace)::sweep<float>(Params)`` is ``sweep<float>``."""
-    name = re.sub(r"\(anonymous namespace\)::|\b(dien_ops|cuda|_INTERNAL_\w+)::", "", name).removeprefix("void ")
+    name = re.sub(r"\(anonymous namespace\)::|\b(dien_ops|cuda|test|_INTERNAL_\w+)::", "", name).removeprefix("void ")
     depth = 0
     for i in reversed(range(len(name) if name.endswith(")") else 0)):
         depth += {")": 1, "(": -1}.get(name[i], 0)
@@ -139,7 +140,11 @@ def check_source(path: Path) -> list[str]:
 
 
 def kernel_files() -> list[Path]:
-    files = [path for pattern in ("*.cu", "*.cuh", "*.h", "host/*.cu") for path in CUDA.glob(pattern)]
+    files = [
+        path
+        for pattern in ("*.cu", "*.cuh", "*.h", "test/*.cu", "test/*.h", "host/*.cu")
+        for path in CUDA.glob(pattern)
+    ]
     return sorted(path for path in files if path.name not in ("primitives.cuh", "launch.cuh"))
 
 
@@ -152,10 +157,11 @@ def main() -> int:
     problems = [problem for path in kernel_files() for problem in check_source(path)]
     kernels: list[Kernel] = []
     allowed: dict[tuple[str, str], int] = {}
-    for source in sorted(CUDA.glob("*.cu")):
-        log = tree / "CMakeFiles" / "dien_ops_cuda.dir" / "csrc" / "cuda" / f"{source.name}.o.ptxas"
+    for source in (source for pattern in ("*.cu", "test/*.cu") for source in sorted(CUDA.glob(pattern))):
+        target = "dien_ops_cuda_test" if source.parent.name == "test" else "dien_ops_cuda"
+        log = tree / "CMakeFiles" / f"{target}.dir" / source.relative_to(ROOT).with_suffix(".cu.o.ptxas")
         if not log.exists():
-            problems.append(f"{source.name} was not built in {tree}: build with DIEN_OPS_CUDA=on")
+            problems.append(f"{source.name} was not built in {tree}: build {target} with DIEN_OPS_CUDA=on")
             continue
         kernels += parse(log.read_text())
         allowed |= allowances(source.read_text())

@@ -40,6 +40,10 @@ from bench.results import Check, Row, Run, load, three_digits
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "out" / "gpu-check"
+TEST_TARGET = (
+    "dien_ops_cuda_test"  # of the primitives' own tests: it stays where setup.py builds
+)
+TEST_LIBRARY = ROOT / "build" / f"{sys.implementation.cache_tag}-sanitize0" / f"lib{TEST_TARGET}.so"
 TOTAL_SECONDS = 465.0
 FOR_BENCHMARKS = 120.0  # what the stages before them leave of it
 LEAST_SECONDS = 15.0  # with less left, a stage is not begun
@@ -47,7 +51,6 @@ WRITING_SECONDS = 40.0  # of the benchmarks' time, for the row that is under way
 TEST_PROCESSES = 8
 TOOLS = {"memcheck": 70.0, "racecheck": 70.0, "synccheck": 35.0, "initcheck": 35.0}  # the sanitizer's; seconds for each
 SANITIZER_ERRORS = 99  # the exit status where it found some
-NO_TESTS = 5  # pytest's exit status where there was none to run
 ENDING_SECONDS = 10.0  # a process that is killed may have to wait for the GPU
 
 
@@ -110,10 +113,6 @@ def judge_tests(done: Finished) -> tuple[bool, str]:
     return done.status == 0 and "passed" in counts, ", ".join(f"{number} {kind}" for kind, number in counts.items())
 
 
-def judge_tests_if_any(done: Finished) -> tuple[bool, str]:
-    return (True, "there are none") if done.status == NO_TESTS else judge_tests(done)
-
-
 def count_sanitizer_errors(output: str) -> int | None:
     """Errors, or hazards of whatever weight, as the summary counts them; None where there is no summary."""
     summary = r"RACECHECK SUMMARY: (\d+) hazards? displayed|ERROR SUMMARY: (\d+) errors?\b(?! were not printed)"
@@ -165,18 +164,14 @@ DEVICE = Stage("device", lambda _: [sys.executable, "-m", "bench.gpu"], judge_de
 def stages(architecture: str, result: Path) -> list[Stage]:
     """What comes after DEVICE; the benchmarks, which are last, write their result."""
     tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "python_tests").glob("test_gru*.py"))
-    primitives = [path for path in tests if path.endswith("_cuda.py")]
-    build = {"DIEN_OPS_CUDA": "on", "TORCH_CUDA_ARCH_LIST": architecture}
+    primitives = ["--cuda-test-library", str(TEST_LIBRARY), "python_tests/test_cuda_primitives.py"]
+    build = {"DIEN_OPS_CUDA": "on", "TORCH_CUDA_ARCH_LIST": architecture, "DIEN_OPS_TARGETS": f"all {TEST_TARGET}"}
     one_thread = {"OMP_NUM_THREADS": "1"}
     one_by_one = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation, whose end memcheck knows
     benchmarks = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "bench").glob("bench_*_cuda.py"))]
     return [
         Stage("build", lambda _: [sys.executable, "setup.py", "build_ext", "--inplace"], judge_status, 200, build),
-        *(
-            [Stage("primitives", lambda _: on_device("-k", "primitives", *primitives), judge_tests_if_any, 60)]
-            if primitives
-            else []
-        ),
+        Stage("primitives", lambda _: on_device(*primitives), judge_tests, 60),
         Stage("tests", lambda _: on_device(*side_by_side(), *tests), judge_tests, 150, one_thread),
         *(
             Stage(tool, lambda _, tool=tool: sanitized(tool), judge_sanitizer, limit, one_by_one, shown="=====")

@@ -21,8 +21,14 @@ def pytest_addoption(parser):
     group.addoption(
         "--thread-order", choices=THREAD_ORDERS, default="in_order", help="in which it runs a kernel's threads"
     )
-    group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="on which tests make their tensors")
     group.addoption("--thread-seed", type=int, default=0, help="of the orders that are drawn")
+    group = parser.getgroup("device", "CUDA kernels on a GPU")
+    group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="on which tests make their tensors")
+    group.addoption(
+        "--cuda-test-library",
+        metavar="PATH",
+        help="libdien_ops_cuda_test.so: test the primitives with it on the device",
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +37,7 @@ def _same_numbers_in_every_run():
 
 
 def _set_executor(config, order=None, seed=None, check=True, multiprocessors=4, shared_bytes=232448):
-    torch.ops.dien_ops_test.set_executor(
+    torch.ops.dien_ops_executor.set_options(
         config.getoption("--thread-order") if order is None else order,
         config.getoption("--thread-seed") if seed is None else seed,
         check,
@@ -45,6 +51,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("cpu_kernels"):
                 item.add_marker(pytest.mark.skip(reason="tests the CPU kernels"))
+
+
+def pytest_generate_tests(metafunc):
+    if "order" in metafunc.fixturenames:
+        on_device = metafunc.config.getoption("--device") == "cuda"
+        metafunc.parametrize("order", ["device's own"] if on_device else THREAD_ORDERS, indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -89,3 +101,11 @@ def set_executor(request, host_executor):
     """Sets options of the executor for one test: order, seed, check, multiprocessors, shared_bytes."""
     yield functools.partial(_set_executor, request.config)
     _set_executor(request.config)
+
+
+@pytest.fixture
+def order(request):
+    """The order in which a kernel's threads run: each that the executor has; on a device there is one, its own."""
+    if request.config.getoption("--device") == "cpu":
+        request.getfixturevalue("set_executor")(order=request.param)
+    return request.param

@@ -47,13 +47,6 @@ def test_tests_pass_if_some_ran_and_none_failed(output, status, verdict):
     assert gpu_check.judge_tests(finished(output, status)) == verdict
 
 
-def test_only_the_primitives_tests_may_be_none():
-    none = finished("7 deselected in 0.01s", gpu_check.NO_TESTS)
-    assert gpu_check.judge_tests_if_any(none) == (True, "there are none")
-    assert gpu_check.judge_tests(none)[0] is False
-    assert gpu_check.judge_tests_if_any(finished("1 failed in 2s", 1)) == (False, "1 failed")
-
-
 @pytest.mark.parametrize(
     "output, status, verdict",
     [
@@ -182,12 +175,22 @@ def test_a_process_gets_its_environment_and_both_streams_are_heard():
 
 def test_the_build_is_for_this_gpu_alone_and_the_benchmarks_keep_to_their_time(tmp_path):
     planned = {s.name: s for s in gpu_check.stages("9.0a", tmp_path / "x.json")}
-    assert planned["build"].environment == {"DIEN_OPS_CUDA": "on", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    targets = {"DIEN_OPS_TARGETS": "all dien_ops_cuda_test"}
+    assert planned["build"].environment == {"DIEN_OPS_CUDA": "on", "TORCH_CUDA_ARCH_LIST": "9.0a"} | targets
     command = planned["benchmarks"].command(100.0)
     assert f"--seconds={100 - gpu_check.WRITING_SECONDS:.0f}" in command
     assert "bench/bench_gru_cuda.py" in command and "bench/bench_gru.py" not in command
     assert "python_tests/test_gru.py" in planned["tests"].command(1.0)
     assert list(planned)[-1] == "benchmarks"
+
+
+def test_the_primitives_are_tested_first_of_all_with_the_library_that_was_built_for_it(tmp_path):
+    first, second, *_ = gpu_check.stages("9.0a", tmp_path / "x.json")
+    assert (first.name, second.name) == ("build", "primitives")
+    command = second.command(1.0)
+    assert "python_tests/test_cuda_primitives.py" in command and command[command.index("--device") + 1] == "cuda"
+    library = Path(command[command.index("--cuda-test-library") + 1])
+    assert library.name == "libdien_ops_cuda_test.so" and library.parents[1] == ROOT / "build"
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs
@@ -254,7 +257,7 @@ def test_a_whole_run_leaves_a_table_a_log_and_a_result_with_its_checks(folders, 
         assert {p.name for p in folder.iterdir()} == {"gpu-check.log", "gpu-check.txt", "nvidia-abacus-1.json"}
     assert [p.name for p in committed.iterdir()] == ["nvidia-abacus-1.json"]
     run = results.load(committed / "nvidia-abacus-1.json")
-    assert [c.name for c in run.checks] == [n for n in NAMES if n != "primitives" or run.checks[2].name == n]
+    assert [c.name for c in run.checks] == NAMES
     assert all(c.passed for c in run.checks)
     text = capsys.readouterr().out
     assert text.endswith((outs[1] / "gpu-check.txt").read_text())
