@@ -465,6 +465,6 @@ def test_the_architecture_is_as_torch_names_it():
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 def test_make_gpu_check_takes_python_as_it_is():
-    command = ["make", "--dry-run", "gpu-check", "PYTHON=some-python", "STAGES=build tests"]
+    command = ["make", "--no-print-directory", "--dry-run", "gpu-check", "PYTHON=some-python", "STAGES=build tests"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.strip() == "some-python -m bench.gpu_check build tests"
