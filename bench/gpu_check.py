@@ -40,9 +40,7 @@ from bench.results import Check, Row, Run, load, three_digits
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "out" / "gpu-check"
-TEST_TARGET = (
-    "dien_ops_cuda_test"  # of the primitives' own tests: it stays where setup.py builds
-)
+TEST_TARGET = "dien_ops_cuda_test"  # of the primitives' own tests: it stays where setup.py builds
 TEST_LIBRARY = ROOT / "build" / f"{sys.implementation.cache_tag}-sanitize0" / f"lib{TEST_TARGET}.so"
 TOTAL_SECONDS = 465.0
 FOR_BENCHMARKS = 120.0  # what the stages before them leave of it

@@ -236,7 +236,8 @@ def _run(
     kept = None
     if autocast_enabled(input):
         dtype = torch.get_autocast_dtype(input.device.type)
-        kept = dtype if input.is_cuda else torch.promote_types((hx if isinstance(hx, Tensor) else input).dtype, dtype)
+        if not input.is_cuda:
+            kept = torch.promote_types((hx if isinstance(hx, Tensor) else input).dtype, dtype)
 
         def cast(x: Any) -> Any:
             eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64

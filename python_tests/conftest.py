@@ -46,11 +46,20 @@ def _set_executor(config, order=None, seed=None, check=True, multiprocessors=4, 
     )
 
 
+def pytest_configure(config):
+    if config.getoption("--device") == "cuda":
+        torch.backends.cudnn.rnn.fp32_precision = (
+            "ieee"  # float32 is float32, nn.GRU's and ours; tf32 has tests of its own
+        )
+
+
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--host-executor") or config.getoption("--device") != "cpu":
-        for item in items:
-            if item.get_closest_marker("cpu_kernels"):
-                item.add_marker(pytest.mark.skip(reason="tests the CPU kernels"))
+    on_cuda = config.getoption("--device") == "cuda"
+    for item in items:
+        if item.get_closest_marker("cpu_kernels") and (on_cuda or config.getoption("--host-executor")):
+            item.add_marker(pytest.mark.skip(reason="tests the CPU kernels"))
+        if on_cuda and (mark := item.get_closest_marker("not_on_cuda")):
+            item.add_marker(pytest.mark.skip(reason=mark.kwargs["reason"]))
 
 
 def pytest_generate_tests(metafunc):
@@ -73,6 +82,13 @@ def _where_kernels_run(request):
 def on_device(request):
     if request.config.getoption("--device") != "cuda":
         pytest.skip("needs a GPU: --device cuda")
+
+
+@pytest.fixture
+def without_cudnn(monkeypatch):
+    """nn.GRU out of torch's own operators: cuDNN's has no second derivative, no backward in evaluation, no torch.func, and
+    computes in float16 whatever dtype autocast names."""
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
 
 
 @pytest.fixture

@@ -80,6 +80,11 @@ def assert_at_most_twice_torchs_error(
         assert ours**0.5 <= 2 * torchs**0.5 + floor, f"result {i}: error {ours**0.5:.2e}, torch's {torchs**0.5:.2e}"
 
 
+def random_state() -> Tensor:
+    """Of the generator from which tensors of the default device are drawn."""
+    return (torch.cuda if torch.get_default_device().type == "cuda" else torch).get_rng_state()
+
+
 def with_threads(count: int, f: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)

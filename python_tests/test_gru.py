@@ -426,6 +426,7 @@ def test_what_is_saved_behind_a_rows_length_is_never_read():
 def test_opcheck(cell, reset_after):
     case = Case(**cell, reset_after=reset_after, batch=2, steps=3)
     case.options["lengths"].fill_(3)  # behind a length the saved gates are not written, and opcheck compares them
+    pytest.importorskip("expecttest", reason="torch.library.opcheck needs expecttest")
     options = (cell["gate"], reset_after, True, cell.get("reverse", False), False)
     arguments = (*case.tensors, case.options["lengths"])
     torch.library.opcheck(torch.ops.dien_ops.gru.default, (*arguments, *options, True))
@@ -464,8 +465,11 @@ def test_export_with_dynamic_batch_and_time():
 
 
 def changed(**arguments):
-    """functional.attentional_gru with some arguments replaced."""
+    """functional.attentional_gru with some arguments replaced, by others on the same device if it is a real one."""
     case = Case("paper", batch=3, steps=5, features=3, hidden=5)
+    arguments = {
+        k: x.to(case.input.device) if isinstance(x, Tensor) and not x.is_meta else x for k, x in arguments.items()
+    }
     given = {"input": case.input, "attention": case.attention, "hx": case.hx, "lengths": case.options["lengths"]}
     given |= dict(zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), case.weights, strict=True))
     return functional.attentional_gru(**(given | {"batch_first": True} | arguments))
@@ -496,8 +500,6 @@ DOUBLE = {"dtype": torch.float64}
         ({"gate": "tf"}, ValueError, "gate must be one of 'paper', 'authors', 'replace', 'input', got 'tf'"),
         ({"lengths": torch.tensor([1, 2])}, RuntimeError, r"lengths must have shape \[3\] \[B\], got \[2\]"),
         ({"lengths": torch.tensor([1.0, 2, 3])}, ValueError, "lengths must be int32 or int64, got float32"),
-        ({"lengths": torch.tensor([0, 6, 3])}, RuntimeError, r"lengths must be in 0..5 \(T\), got 6 at row 1"),
-        ({"lengths": torch.tensor([0, 5, -1])}, RuntimeError, r"lengths must be in 0..5 \(T\), got -1 at row 2"),
         ({"lengths": torch.zeros(3, dtype=torch.int64, device="meta")}, RuntimeError, "lengths must be on the device"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
@@ -507,12 +509,23 @@ def test_bad_input_is_named(arguments, error, message):
         changed(**arguments)
 
 
-def on_cuda():
-    """Fake tensors: they need neither a GPU nor a torch with CUDA."""
+@pytest.mark.not_on_cuda(reason="a kernel finds it there, and the process loses the GPU: test_gru_cuda.py has a test")
+@pytest.mark.parametrize("lengths, got", [([0, 6, 3], "6 at row 1"), ([0, 5, -1], "-1 at row 2")], ids=str)
+def test_a_length_outside_of_the_steps_is_named(lengths, got):
+    with pytest.raises(RuntimeError, match=rf"lengths must be in 0..5 \(T\), got {got}"):
+        changed(lengths=torch.tensor(lengths))
+
+
+def on_cuda(dtype=torch.float32, hx=None):
+    """Fake tensors: they need neither a GPU nor a torch with CUDA. hx: its dtype."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    def empty(*sizes, dtype=dtype):
+        return torch.empty(sizes, dtype=dtype, device="cuda")
+
     with FakeTensorMode():
-        return functional.gru(*(torch.empty(sizes, device="cuda") for sizes in [(2, 4, 3), (15, 3), (15, 5)]))
+        state = empty(4, 5, dtype=hx) if hx is not None else None
+        return functional.gru(empty(2, 4, 3), empty(15, 3), empty(15, 5), hx=state)
 
 
 def test_a_cuda_tensor_is_told_why_the_cuda_kernels_are_not_loaded(monkeypatch):
@@ -528,8 +541,26 @@ def test_a_cuda_tensor_is_told_why_its_gpu_cannot_run_the_kernels(monkeypatch):
         on_cuda()
 
 
-def test_where_the_cuda_kernels_are_loaded_a_cuda_tensor_is_taken(monkeypatch):
+@pytest.fixture
+def loaded(monkeypatch):
+    """As if the CUDA kernels were loaded."""
     monkeypatch.setattr(_library, "_cuda_problem", None)
     monkeypatch.setattr(_library, "_capability", lambda index: None)
+
+
+def test_where_the_cuda_kernels_are_loaded_a_cuda_tensor_is_taken(loaded):
     output, h_n = on_cuda()
     assert output.device == h_n.device == torch.device("cuda", 0) and output.shape == (2, 4, 5)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "arguments, hx",
+    [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.float64, None), (torch.float64, torch.float64)],
+    ids=str,
+)
+def test_on_cuda_autocast_gives_its_own_dtype_and_leaves_float64_alone(arguments, hx, autocast, loaded, monkeypatch):
+    monkeypatch.setattr(dien_ops.gru, "autocast_enabled", lambda input: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: autocast)  # torch refuses where there is no GPU
+    expected = torch.float64 if arguments == torch.float64 else autocast
+    assert [y.dtype for y in on_cuda(arguments, hx)] == [expected] * 2

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import dien_ops
 from dien_ops import reference
-from helpers import assert_at_most_twice_torchs_error, assert_close, leaf
+from helpers import assert_at_most_twice_torchs_error, assert_close, leaf, random_state
 
 D = torch.float64
 DEEP = {"num_layers": 2, "bidirectional": True}
@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_parameters_and_leaves_the_same_random_stat
         torch.manual_seed(3)
         modules.append(cls(3, 5, **DEEP))
         modules[-1].reset_parameters()
-        states.append(torch.get_rng_state())
+        states.append(random_state())
     assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in modules), strict=True))
     assert torch.equal(*states)
 
@@ -86,7 +86,7 @@ def test_a_module_is_made_on_the_meta_device_and_filled_later():
     assert ours(torch.empty(4, 2, 3, device="meta", dtype=D))[0].shape == (4, 2, 5)
     assigned = copy.deepcopy(ours)
     assigned.load_state_dict(theirs.state_dict(), assign=True)
-    emptied = ours.to_empty(device="cpu")
+    emptied = ours.to_empty(device=torch.get_default_device())
     emptied.load_state_dict(theirs.state_dict())
     for filled in (assigned, emptied):
         assert_same_results(theirs, filled, torch.randn(4, 2, 3, dtype=D))
@@ -100,13 +100,14 @@ def test_repr_is_nn_grus():
 # ------------------------------------------------------------------------------------------------------------- dropout
 
 
+@pytest.mark.not_on_cuda(reason="cuDNN's GRU draws in its own way")
 @pytest.mark.parametrize("dropout", [0.4, 1.0])
 @pytest.mark.parametrize("layout", ["batch_first", "time_first", "packed", "unbatched"])
 def test_dropout_draws_nn_grus_random_numbers(layout, dropout):
     theirs, ours = twins(3, 5, 3, dropout=dropout, bidirectional=True, batch_first=layout == "batch_first")
     x = torch.randn(*([6] if layout == "unbatched" else [6, 4]), 3, dtype=D)
     if layout == "packed":
-        x = pack_padded_sequence(x, torch.tensor([4, 1, 6, 4]), enforce_sorted=False)
+        x = pack_padded_sequence(x, [4, 1, 6, 4], enforce_sorted=False)
     found = []
     for module in (ours, theirs):
         torch.manual_seed(7)
@@ -114,7 +115,7 @@ def test_dropout_draws_nn_grus_random_numbers(layout, dropout):
     assert_close(*found)
 
 
-def test_dropout_acts_in_training_only():
+def test_dropout_acts_in_training_only(without_cudnn):
     theirs, ours = twins(3, 5, 2, dropout=0.4)
     assert_same_results(theirs.eval(), ours.eval(), torch.randn(6, 4, 3, dtype=D))
 
@@ -142,7 +143,7 @@ def test_unbatched_input_is_a_batch_without_its_axis(batch_first, hx):
 @pytest.mark.parametrize("options", [{}, DEEP, {"batch_first": True}], ids=["one", "deep", "batch_first"])
 def test_packed_sequences_go_in_and_come_out(options, enforce_sorted, hx):
     theirs, ours = twins(3, 5, **options)
-    lengths = torch.tensor([6, 4, 4, 1] if enforce_sorted else [4, 1, 6, 4])
+    lengths = [6, 4, 4, 1] if enforce_sorted else [4, 1, 6, 4]
     packed = pack_padded_sequence(torch.randn(6, 4, 3, dtype=D), lengths, enforce_sorted=enforce_sorted)
     given = [torch.randn(4 if options == DEEP else 1, 4, 5, dtype=D)] if hx else []
     assert_same_results(theirs, ours, packed, *given)
@@ -286,6 +287,7 @@ def distributed_gradients(rank: int, folder: str, module: nn.Module, x: Tensor) 
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.not_on_cuda(reason="gloo and the handing over to other processes are of CPU tensors")
 def test_distributed_data_parallel_gives_the_gradients_of_the_joined_batch(tmp_path):
     module, x = dien_ops.GRU(3, 5, **DEEP, batch_first=True, dtype=D), torch.randn(6, 4, 3, dtype=D)
     torch.multiprocessing.spawn(distributed_gradients, (str(tmp_path), module, x), nprocs=2)
@@ -297,7 +299,7 @@ def test_distributed_data_parallel_gives_the_gradients_of_the_joined_batch(tmp_p
 # -------------------------------------------------------------------------------------------------- modes and gradients
 
 
-def test_backward_works_in_eval_mode():
+def test_backward_works_in_eval_mode(without_cudnn):
     theirs, ours = twins(3, 5)
     assert_same_results(theirs.eval(), ours.eval(), torch.randn(4, 2, 3, dtype=D))
 
@@ -321,7 +323,7 @@ def test_frozen_parameters_leave_a_gradient_for_the_input():
     assert_close(*grads)
 
 
-def test_double_backward_is_nn_grus():
+def test_double_backward_is_nn_grus(without_cudnn):
     theirs, ours = twins(3, 5, **DEEP)
     x, found = leaf(4, 2, 3), []
     for module in (ours, theirs):
@@ -380,7 +382,7 @@ def test_autocast_gives_nn_grus_dtypes(input, state, weights, autocast):
     if weights == D:
         input, state = D, D if state is not None else None
     found = []
-    with FakeTensorMode():
+    with torch.device("cpu"), FakeTensorMode():
         for module in twins(3, 5, **DEEP, dtype=weights):
             with torch.autocast("cpu", dtype=autocast):
                 hx = [torch.zeros(4, 2, 5, dtype=state)] if state is not None else []
@@ -389,20 +391,20 @@ def test_autocast_gives_nn_grus_dtypes(input, state, weights, autocast):
 
 
 def test_autocast_leaves_float64_alone():
-    gru, x = dien_ops.GRU(3, 5, dtype=D), torch.randn(4, 2, 3, dtype=D)
+    gru, x = dien_ops.GRU(3, 5, **DEEP, dtype=D), torch.randn(4, 2, 3, dtype=D)
     expected = gru(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         assert_close(gru(x), expected, 0.0)
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_errs_at_most_twice_as_much_as_torch(autocast):
+def test_autocast_errs_at_most_twice_as_much_as_torch(autocast, without_cudnn):
     def draw():
         theirs, ours = twins(7, 18, **DEEP, dtype=torch.float32)
         x = torch.randn(12, 9, 7)
         found = []
         for module in (ours, theirs):
-            with torch.autocast("cpu", dtype=autocast):
+            with torch.autocast(x.device.type, dtype=autocast):
                 output, h_n = module(x)
             grads = torch.autograd.grad(output.square().sum() + h_n.sum(), list(module.parameters()))
             found.append([output, h_n, *grads])
@@ -417,15 +419,15 @@ def test_autocast_errs_at_most_twice_as_much_as_torch(autocast):
 def test_autocast_casts_the_attention_too():
     augru = dien_ops.AUGRU(3, 5)
     x, attention, hx = torch.randn(4, 2, 3), torch.rand(4, 2), torch.randn(1, 2, 5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         output, h_n = augru(x, attention, hx)
-    assert output.dtype == h_n.dtype == torch.float32
+    assert output.dtype == h_n.dtype == (torch.bfloat16 if x.is_cuda else torch.float32)
     assert_close([output, h_n], augru(x, attention, hx), 0.05)
 
 
 def test_autocast_is_compiled_without_a_graph_break():
     gru, x = dien_ops.GRU(3, 5), torch.randn(4, 2, 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         assert_close(torch.compile(gru, fullgraph=True, backend="aot_eager")(x), gru(x), 0.0)
 
 
@@ -437,7 +439,7 @@ def zeros(*shape) -> Tensor:
 
 
 def packed(x: Tensor, *lengths: int) -> PackedSequence:
-    return pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
+    return pack_padded_sequence(x, lengths, enforce_sorted=False)
 
 
 @pytest.mark.parametrize(
@@ -557,7 +559,7 @@ def test_an_hx_with_more_rows_than_the_packed_batch_is_refused():  # nn.GRU drop
 def test_lengths_are_packing_without_packing():
     theirs, ours = twins(3, 5, **DEEP, batch_first=True)
     x, lengths = torch.randn(4, 6, 3, dtype=D), torch.tensor([4, 1, 6, 3])
-    expected, h_n = theirs(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+    expected, h_n = theirs(pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False))
     expected, _ = pad_packed_sequence(expected, batch_first=True)
     assert_close(ours(x, lengths=lengths), [expected, h_n])
 
@@ -572,14 +574,16 @@ def test_lengths_are_on_the_device_of_the_input():
     gru, lengths = dien_ops.GRU(3, 5, device="meta"), torch.tensor([3, 0])
     x = torch.zeros(6, 2, 3, device="meta")
     assert gru(x, lengths=lengths.to("meta"))[0].shape == (6, 2, 5)
-    with pytest.raises(RuntimeError, match="lengths must be on the device of the input: expected meta, got cpu"):
+    with pytest.raises(
+        RuntimeError, match=f"lengths must be on the device of the input: expected meta, got {lengths.device}"
+    ):
         gru(x, lengths=lengths)
 
 
 def test_lengths_with_packed_or_unbatched_input_are_refused():
     gru, lengths = dien_ops.GRU(3, 5), torch.tensor([2])
     with pytest.raises(ValueError, match="lengths must not be given with a PackedSequence"):
-        gru(pack_padded_sequence(torch.zeros(2, 1, 3), lengths), lengths=lengths)
+        gru(pack_padded_sequence(torch.zeros(2, 1, 3), [2]), lengths=lengths)
     with pytest.raises(ValueError, match="lengths must not be given with unbatched"):
         gru(torch.zeros(2, 3), lengths=lengths)
 

@@ -74,12 +74,11 @@ def test_options_are_booleans(option):
 )
 def test_an_input_of_another_dtype_than_the_parameters_is_told_so(given, way_out, hx):
     x, a = torch.zeros(4, 2, 3).to(given), torch.zeros(4, 2)
-    lengths = torch.tensor([4, 2])
     state = [torch.zeros(1, 2, 5)] if hx else []
     message = f"^input must have the dtype of the parameters: expected torch.float32, got {given}{way_out}"
     for call in (
         lambda: dien_ops.GRU(3, 5)(x, *state),
-        lambda: dien_ops.GRU(3, 5)(nn.utils.rnn.pack_padded_sequence(x, lengths), *state),
+        lambda: dien_ops.GRU(3, 5)(nn.utils.rnn.pack_padded_sequence(x, [4, 2]), *state),
         lambda: dien_ops.AUGRU(3, 5)(x, a, *state),
     ):
         with pytest.raises(ValueError, match=message):

@@ -23,7 +23,7 @@ def loss(module: nn.Module):
     return lambda parameters, x: torch.func.functional_call(module, parameters, (x,))[0].square().sum()
 
 
-def test_torch_func_grad_is_nn_grus():
+def test_torch_func_grad_is_nn_grus(without_cudnn):
     theirs, ours = twins(3, 5, **DEEP)
     parameters = {name: p.detach() for name, p in ours.named_parameters()}
     x = torch.randn(4, 2, 3, dtype=D)
@@ -31,7 +31,7 @@ def test_torch_func_grad_is_nn_grus():
     assert_close(*(list(g.values()) for g in grads))
 
 
-def test_torch_func_takes_second_derivatives():
+def test_torch_func_takes_second_derivatives(without_cudnn):
     theirs, ours = twins(2, 3)
     x = torch.randn(2, 1, 2, dtype=D)
     actual = torch.func.jacrev(torch.func.jacrev(lambda x: ours(x)[0].square().sum()))(x)

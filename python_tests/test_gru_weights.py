@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, prune
 
 import dien_ops
 from dien_ops import gru_weights
-from helpers import assert_close
+from helpers import assert_close, random_state
 
 D = torch.float64
 IN, H, B, T = 3, 2, 2, 3
@@ -28,8 +28,10 @@ def sine(phase: float, *shape: int) -> np.ndarray:
     return np.sin(0.7 * np.arange(math.prod(shape)) + phase).reshape(shape)
 
 
-INPUT = torch.tensor(sine(0.5, B, T, IN))
-SCORES = torch.tensor(0.5 + 0.5 * sine(1.5, B, T))
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    """The input and the scores."""
+    return torch.tensor(sine(0.5, B, T, IN)), torch.tensor(0.5 + 0.5 * sine(1.5, B, T))
+
 
 SHAPES = {
     "tensorflow": {
@@ -139,7 +141,7 @@ def random_augru(library: str, **options) -> dien_ops.AUGRU:
 @GOLDEN
 def test_a_cell_gives_the_librarys_states_with_its_weights(library, cell):
     module = cell.from_library(library, weights(library, cell), batch_first=True)
-    output, h_n = module(INPUT, SCORES)
+    output, h_n = module(*inputs())
     assert_close([output, h_n[0]], [states(library, cell), states(library, cell)[:, -1]], tolerance=2e-7)
 
 
@@ -154,8 +156,8 @@ def test_tensors_and_arrays_are_converted_alike_in_their_own_dtype(library, cell
 
 def test_a_gru_that_resets_before_the_product_runs_as_a_function():
     state = gru_weights.from_library("tensorflow", weights("tensorflow"))
-    scaled = SCORES[..., None] * INPUT
-    output, _ = dien_ops.functional.gru(scaled, *state.values(), batch_first=True, reset_after=False)
+    x, scores = inputs()
+    output, _ = dien_ops.functional.gru(scores[..., None] * x, *state.values(), batch_first=True, reset_after=False)
     assert_close([output], [states("tensorflow", dien_ops.AIGRU)], tolerance=2e-7)
 
 
@@ -181,7 +183,7 @@ def test_weights_go_back_as_they_came(library, cell):
 def test_a_cell_with_both_biases_survives_the_way_through_a_library(library):
     cell = random_augru(library)
     back = dien_ops.AUGRU.from_library(library, cell.to_library(library), batch_first=True)
-    assert_close(back(INPUT, SCORES), cell(INPUT, SCORES))
+    assert_close(back(*inputs()), cell(*inputs()))
 
 
 def test_weights_that_went_to_a_library_are_copies():
@@ -198,7 +200,7 @@ def test_a_layer_without_biases_stays_without(library):
     assert not cell.bias and set(cell.to_library(library)) == set(came)
     zeros = {name: np.zeros(shape) for name, shape in SHAPES[library].items()}
     with_zeros = dien_ops.AUGRU.from_library(library, zeros | came, batch_first=True)
-    assert_close(cell(INPUT, SCORES), with_zeros(INPUT, SCORES))
+    assert_close(cell(*inputs()), with_zeros(*inputs()))
 
 
 @pytest.mark.parametrize("library", ["tensorflow", "openvino"])
@@ -206,7 +208,7 @@ def test_a_layer_without_biases_gets_zeros_where_the_library_always_has_them(lib
     cell = random_augru(library, bias=False)
     back = dien_ops.AUGRU.from_library(library, cell.to_library(library), batch_first=True)
     assert back.bias
-    assert_close(back(INPUT, SCORES), cell(INPUT, SCORES))
+    assert_close(back(*inputs()), cell(*inputs()))
 
 
 def test_different_biases_do_not_fit_into_deepctr_torchs_augrucell():
@@ -246,11 +248,11 @@ def test_variables_may_have_the_names_that_tensorflow_gives_them():
 
 def test_conversion_draws_no_random_numbers():
     theirs = nn.GRU(IN, H)
-    before = torch.get_rng_state()
+    before = random_state()
     dien_ops.AUGRU.from_library("recbole", weights("recbole"))
     dien_ops.AUGRU.from_torch(theirs)
     dien_ops.GRU.from_torch(theirs).to_torch()
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(random_state(), before)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -315,7 +317,8 @@ def test_a_gru_from_torch_is_its_twin_and_goes_back(options, dtype):
     assert type(ours) is dien_ops.GRU and type(back) is nn.GRU
     for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"):
         assert getattr(ours, name) == getattr(theirs, name) == getattr(back, name), name
-    assert_close(ours(INPUT.to(dtype)), theirs(INPUT.to(dtype)), tolerance=torch.finfo(dtype).eps * 8)
+    x = inputs()[0].to(dtype)
+    assert_close(ours(x), theirs(x), tolerance=torch.finfo(dtype).eps * 8)
     for a, b, c in zip(theirs.parameters(), ours.parameters(), back.parameters(), strict=True):
         assert a.dtype == b.dtype == c.dtype and torch.equal(a, b) and torch.equal(a, c)
 
@@ -352,7 +355,8 @@ def test_the_device_is_carried_over():
 def test_a_cell_from_torch_is_the_gru_where_the_scores_leave_it_alone(cell, options, score):
     theirs = nn.GRU(IN, H, batch_first=True, dtype=D)
     ours = cell.from_torch(theirs, **options)
-    assert_close(ours(INPUT, torch.full((B, T), score, dtype=D)), theirs(INPUT))
+    x, scores = inputs()
+    assert_close(ours(x, torch.full_like(scores, score)), theirs(x))
 
 
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}])
