@@ -155,7 +155,9 @@ def test_packed_sequences_go_in_and_come_out(options, enforce_sorted, hx):
 
 def test_the_helpers_of_nn_utils_rnn_fit():
     theirs, ours = twins(3, 5, **DEEP, batch_first=True)
-    packed = pack_sequence([torch.randn(n, 3, dtype=D) for n in (2, 6, 1)], enforce_sorted=False)
+    sequences = [torch.randn(n, 3, dtype=D) for n in (2, 6, 1)]
+    with torch.device("cpu"):  # where pack_sequence wants the lengths that it makes
+        packed = pack_sequence(sequences, enforce_sorted=False)
     padded = [pad_packed_sequence(m(packed)[0], batch_first=True, total_length=8) for m in (ours, theirs)]
     assert_close(*padded)
 
