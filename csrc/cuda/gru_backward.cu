@@ -23,7 +23,6 @@ struct BackwardParams {
     DevicePlan plan;
     SweepLayout layout;
     Gate gate;
-    bool paired;  // H is even and every pointer aligned, so that two units are one access
     Strides output_strides, attention_strides;
     int64_t gates_size;
     gmem<const S> attention, hx, output, gates, grad_output, grad_h_n, packed;
@@ -51,7 +50,9 @@ SweepLayout backward_layout(int64_t hidden, int64_t rows) {
     return l;
 }
 
-template <typename Math, int kRowTiles, bool kStateShared, bool kResetAfter>
+// kPaired: H is even and every pointer aligned, so that two units are one access. A choice in the loop would make it wait for
+// what it loads ahead.
+template <typename Math, int kRowTiles, bool kStateShared, bool kResetAfter, bool kPaired>
 DIEN_OPS_KERNEL(kMaxWarps<Math> * 32)
 void backward_sweep(BackwardParams<typename Math::Storage> p) {
     using S = typename Math::Storage;
@@ -91,39 +92,38 @@ void backward_sweep(BackwardParams<typename Math::Storage> p) {
 
     // What a lane needs of one row's step.
     struct Step {
-        Pack<T, 2> r, z, n, hn, h, grad;  // h: the state before the step; grad: of the output
-        T a;
+        LoadedPair<S> r, z, n, hn, h, grad;  // h: the state before the step; grad: of the output
+        S a;
     };
     const auto load = [&](int row, int s, int u) {
+        const bool here = valid(row, s);
+        const int unit = u * kTileColumns + tile_column(), count = here ? pair_count(unit, hidden) : 0, t = time(row, s);
+        const int64_t output = rows.output.ld(row) + unit, attention = rows.attention.ld(row) + t * p.attention_strides.t;
+        const gmem<const S> before = s > 0 ? p.output : p.hx;
+        const int64_t from = s > 0 ? output + time(row, s - 1) * p.output_strides.t : rows.index.ld(row) * hidden + unit;
+        int64_t gate = (rows.entry.ld(row) + t) * p.gates_size + unit;
         Step v = {};
-        if (!valid(row, s)) return v;
-        const int unit = u * kTileColumns + tile_column(), count = pair_count(unit, hidden), t = time(row, s);
-        const int64_t gates = (rows.entry.ld(row) + t) * p.gates_size + unit;
-        v.r = load_pair(p.gates, gates, count, p.paired);
-        v.z = load_pair(p.gates, gates + hidden, count, p.paired);
-        v.n = load_pair(p.gates, gates + 2 * int64_t(hidden), count, p.paired);
-        if constexpr (kResetAfter) v.hn = load_pair(p.gates, gates + 3 * int64_t(hidden), count, p.paired);
-        if (s > 0) {
-            const int64_t before = rows.output.ld(row) + time(row, s - 1) * p.output_strides.t + unit;
-            v.h = load_pair(p.output, before, count, p.paired);
-        } else if (p.hx) {
-            v.h = load_pair(p.hx, rows.index.ld(row) * hidden + unit, count, p.paired);
-        }
-        if (p.grad_output) {
-            v.grad = load_pair(p.grad_output, rows.output.ld(row) + t * p.output_strides.t + unit, count, p.paired);
-        }
-        if (p.gate != Gate::none) v.a = to_compute(p.attention.ld(rows.attention.ld(row) + t * p.attention_strides.t));
+        v.r = load_pair(p.gates, gate, count, kPaired);
+        v.z = load_pair(p.gates, gate += hidden, count, kPaired);
+        v.n = load_pair(p.gates, gate += hidden, count, kPaired);
+        if constexpr (kResetAfter) v.hn = load_pair(p.gates, gate += hidden, count, kPaired);
+        v.h = load_pair(before, from, before ? count : 0, kPaired);
+        v.grad = load_pair(p.grad_output, output + t * p.output_strides.t, p.grad_output ? count : 0, kPaired);
+        v.a = p.attention.template ld_if<S>(here && p.gate != Gate::none, attention);
         return v;
     };
-    // Leaves a gate's gradient for the product, as `column` says, and for what comes after the sweep.
-    const auto leave = [&](int row, int s, int u, int column, int gate, Pack<T, 2> operand, Pack<T, 2> grad) {
+    // Leaves a gate's gradient for the product, as column `gate`.
+    const auto leave = [&](int row, int u, int gate, Pack<T, 2> grad) {
         const int unit = u * kTileColumns + tile_column();
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            if (unit + j < hidden) grads.st(row * l.stride + column * depth + unit + j, Math::operand(operand.v[j]));
+            if (unit + j < hidden) grads.st(row * l.stride + gate * depth + unit + j, Math::operand(grad.v[j]));
         }
-        const int64_t entry = (rows.entry.ld(row) + time(row, s)) * p.gates_size;
-        store_pair(p.grad_gates, entry + int64_t(gate) * hidden + unit, pair_count(unit, hidden), p.paired, grad);
+    };
+    // Leaves gradients, from gate `first` on, for what comes after the sweep.
+    const auto save = [&](int row, int s, int u, int first, const auto&... gates) {
+        const int64_t entry = rows.entry.ld(row) + time(row, s);
+        store_gates(p.grad_gates, entry, p.gates_size, hidden, first, u * kTileColumns + tile_column(), kPaired, gates...);
     };
     // Where attention scales W x: its gradient from that of one gate.
     const auto score_of_input = [&](int row, int s, int u, int gate, Pack<T, 2> grad) {
@@ -196,27 +196,30 @@ void backward_sweep(BackwardParams<typename Math::Storage> p) {
                     const int row = place_of(m, half), at = row * units + u * kTileColumns + tile_column();
                     if (!valid(row, s)) continue;
                     const Step& v = now.row[m][half];
+                    const auto gate_r = unpack<S>(v.r), gate_z = unpack<S>(v.z), gate_n = unpack<S>(v.n), hn = unpack<S>(v.hn);
+                    const auto before = unpack<S>(v.h), grad = unpack<S>(v.grad);
+                    const T a = to_compute(keep_whole(v.a));
                     Pack<T, 2> dh = exact.template ld_as<Pack<T, 2>>(at), dr, dz, dn, dhn;
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
-                        const T r = v.r.v[j], z = v.z.v[j], n = v.n.v[j], h = v.h.v[j], k = keep_weight(p.gate, z, v.a);
-                        const T d = dh.v[j] + v.grad.v[j];
-                        const KeepGradient<T> of_keep = keep_gradient(p.gate, d * (h - n), z, v.a);
+                        const T r = gate_r.v[j], z = gate_z.v[j], n = gate_n.v[j], h = before.v[j];
+                        const T d = dh.v[j] + grad.v[j], k = keep_weight(p.gate, z, a);
+                        const KeepGradient<T> of_keep = keep_gradient(p.gate, d * (h - n), z, a);
                         dz.v[j] = of_keep.dz * z * (T(1) - z);
                         dn.v[j] = d * (T(1) - k) * (T(1) - n * n);
                         dhn.v[j] = dn.v[j] * r;
-                        dr.v[j] = dn.v[j] * v.hn.v[j] * r * (T(1) - r);
+                        dr.v[j] = dn.v[j] * hn.v[j] * r * (T(1) - r);
                         dh.v[j] = d * k;
                         if (p.gate != Gate::input) da[m][half] += of_keep.da;
                     }
                     exact.st_as(at, dh);
-                    leave(row, s, u, 1, 1, dz, dz);
-                    leave(row, s, u, 2, 2, kResetAfter ? dhn : dn, dn);
+                    leave(row, u, 1, dz);
                     if constexpr (kResetAfter) {
-                        leave(row, s, u, 0, 0, dr, dr);
-                        const int unit = u * kTileColumns + tile_column();
-                        const int64_t entry = (rows.entry.ld(row) + time(row, s)) * p.gates_size;
-                        store_pair(p.grad_gates, entry + 3 * int64_t(hidden) + unit, pair_count(unit, hidden), p.paired, dhn);
+                        leave(row, u, 0, dr), leave(row, u, 2, dhn);
+                        save(row, s, u, 0, dr, dz, dn, dhn);
+                    } else {
+                        leave(row, u, 2, dn);
+                        save(row, s, u, 1, dz, dn);
                     }
                     if (p.gate == Gate::input) {
                         da[m][half] += score_of_input(row, s, u, 1, dz) + score_of_input(row, s, u, 2, dn);
@@ -226,7 +229,7 @@ void backward_sweep(BackwardParams<typename Math::Storage> p) {
             }
             // After the use of what it replaces, for want of registers; barrier and product hide the wait.
             const bool last = u + block_warps() >= l.unit_tiles;
-            now = last ? load_all(s - 1, warp_index()) : load_all(s, u + block_warps());
+            now = load_all(last ? s - 1 : s, last ? warp_index() : u + block_warps());
         }
         if constexpr (kResetAfter) {
             post_scores(da);
@@ -246,15 +249,17 @@ void backward_sweep(BackwardParams<typename Math::Storage> p) {
                         const int row = place_of(m, half), at = row * units + u * kTileColumns + tile_column();
                         if (!valid(row, s)) continue;
                         const Step v = load(row, s, u);
+                        const auto gate_r = unpack<S>(v.r), before = unpack<S>(v.h);
                         Pack<T, 2> dh = exact.template ld_as<Pack<T, 2>>(at), dr;
 #pragma unroll
                         for (int j = 0; j < 2; ++j) {
-                            const T r = v.r.v[j], of_product = d[m][0][half * 2 + j];
-                            dr.v[j] = of_product * v.h.v[j] * r * (T(1) - r);
+                            const T r = gate_r.v[j], of_product = d[m][0][half * 2 + j];
+                            dr.v[j] = of_product * before.v[j] * r * (T(1) - r);
                             dh.v[j] += of_product * r;
                         }
                         exact.st_as(at, dh);
-                        leave(row, s, u, 0, 0, dr, dr);
+                        leave(row, u, 0, dr);
+                        save(row, s, u, 0, dr);
                         if (p.gate == Gate::input) da[m][half] += score_of_input(row, s, u, 0, dr);
                     }
                 }
@@ -279,7 +284,6 @@ template <typename S>
 BackwardParams<S> params(const GruBackward<S>& p, const SweepLayout& l) {
     const int64_t H = p.hidden_size, rows = p.rows(), cells = rows * p.steps;
     BackwardParams<S> k{DevicePlan(p), l, p.gate};
-    k.paired = H % 2 == 0 && pairs_aligned<S>({p.hx, p.output, p.gates, p.grad_output, p.grad_gates});
     k.output_strides = p.output_strides, k.attention_strides = p.attention_strides;
     k.gates_size = p.gates_size();
     k.attention = {p.attention, cells, "attention"};
@@ -326,12 +330,14 @@ void gru_backward(Stream stream, const GruBackward<S>& p) {
         pack<Math>(stream, {p.weight_hh, 3 * H * H, "weight_hh"}, {3, H, H, H * H, 1, H},
                    {l.tiles, 1, l.tiles / 3, 3 * l.unit_tiles}, {p.packed, gru_packed_size(p), "packed weight_hh"});
         const Grid grid = {sweep_blocks(p, l), 1, 1, 32 * l.warps, l.shared_bytes};
+        const bool paired = H % 2 == 0 && pairs_aligned<S>({p.hx, p.output, p.gates, p.grad_output, p.grad_gates});
         with_layout<Math>(l, [&](auto row_tiles, auto state_shared) {
-            const auto run = [&](auto reset_after) {
-                launch("gru_backward", backward_sweep<Math, row_tiles(), state_shared(), reset_after()>, grid, stream,
-                       params(p, l));
-            };
-            p.reset_after ? run(std::true_type{}) : run(std::false_type{});
+            with_constant(p.reset_after, [&](auto reset_after) {
+                with_constant(paired, [&](auto in_pairs) {
+                    launch("gru_backward", backward_sweep<Math, row_tiles(), state_shared(), reset_after(), in_pairs()>, grid,
+                           stream, params(p, l));
+                });
+            });
         });
     });
 }

@@ -103,17 +103,10 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
     const auto place_of = [&](int m, int half) { return m * kTileRows + tile_row() + half * 8; };
     const auto valid = [&](int row, int s) { return s < rows.length.ld(row); };
 
-    // W x of one gate, for the units of the lane.
-    const auto load_projected = [&](int row, int s, int u, int gate) {
-        const int64_t step = rows.step.ld(row) + time_of(p.plan.reverse, rows.length.ld(row), s);
-        return p.projected.template ld_as<Pack<T, 2>>((step * 3 + gate) * units + u * kTileColumns + tile_column());
-    };
-    const auto load_attention = [&](int row, int s) {
-        return to_compute(p.attention.ld(rows.attention.ld(row) + s * p.attention_strides.t));
-    };
+    // W x of the lane's units, and the scores.
     struct Fetched {
-        Pack<T, 2> x[kRowTiles][2][3];
-        T a[kRowTiles][2];
+        LoadedPair<T> x[kRowTiles][2][3];
+        S a[kRowTiles][2];
     };
     const auto fetch = [&](int s, int u, int first_gate, int gates) {
         Fetched f = {};
@@ -121,21 +114,24 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
         for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int row = place_of(m, half);
-                if (!valid(row, s)) continue;
-                for (int g = first_gate; g < first_gate + gates; ++g) f.x[m][half][g] = load_projected(row, s, u, g);
-                if (p.gate != Gate::none) f.a[m][half] = load_attention(row, s);
+                const int row = place_of(m, half), t = time_of(p.plan.reverse, rows.length.ld(row), s);
+                const bool here = valid(row, s);
+                const int64_t x = (rows.step.ld(row) + t) * 3 * units + u * kTileColumns + tile_column();
+                for (int g = first_gate; g < first_gate + gates; ++g) {
+                    f.x[m][half][g] = p.projected.template ld_if<LoadedPair<T>>(here, x + g * units);
+                }
+                const int64_t score = rows.attention.ld(row) + t * p.attention_strides.t;
+                f.a[m][half] = p.attention.template ld_if<S>(here && p.gate != Gate::none, score);
             }
         }
         return f;
     };
 
-    // A gate of the two units of one row, for the backward.
-    const auto save = [&](int row, int s, int u, int gate, Pack<T, 2> value) {
+    // Gates of the lane's two units of a row, from gate `first` on, for the backward.
+    const auto save = [&](int row, int s, int u, int first, const auto&... gates) {
         if (!p.gates) return;
-        const int unit = u * kTileColumns + tile_column(), t = time_of(p.plan.reverse, rows.length.ld(row), s);
-        const int64_t entry = rows.entry.ld(row) + t;
-        store_pair(p.gates, entry * p.gates_size + int64_t(gate) * hidden + unit, pair_count(unit, hidden), p.paired, value);
+        const int64_t entry = rows.entry.ld(row) + time_of(p.plan.reverse, rows.length.ld(row), s);
+        store_gates(p.gates, entry, p.gates_size, hidden, first, u * kTileColumns + tile_column(), p.paired, gates...);
     };
     // Their h' = n + k (h - n).
     const auto finish = [&](int row, int s, int u, const auto& to, T a, Pack<T, 2> z, Pack<T, 2> n) {
@@ -156,7 +152,7 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
     if constexpr (kResetAfter) {
         auto from = state, to = other;
         Fetched now = {};
-        if (steps > 0 && warp_index() < l.unit_tiles) now = fetch(0, warp_index(), 0, 3);
+        if (warp_index() < l.unit_tiles) now = fetch(0, warp_index(), 0, 3);
         for (int s = 0; s < steps; ++s) {
             for (int u = warp_index(); u < l.unit_tiles; u += block_warps()) {
                 // W x and the biases go into r's and z's sums before the product, which frees registers for the next step's.
@@ -169,18 +165,20 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         const auto& x = now.x[m][half];
-                        a[m][half] = now.a[m][half];
+                        const Pack<T, 2> of_r = unpack<T>(x[0]), of_z = unpack<T>(x[1]), of_n = unpack<T>(x[2]);
+                        a[m][half] = to_compute(keep_whole(now.a[m][half]));
                         const T scale = p.gate == Gate::input ? a[m][half] : T(1);
 #pragma unroll
                         for (int j = 0; j < 2; ++j) {
-                            d[m][0][half * 2 + j] = scale * x[0].v[j] + b_r.v[j];
-                            d[m][1][half * 2 + j] = scale * x[1].v[j] + b_z.v[j];
-                            x_n[m][half].v[j] = scale * x[2].v[j] + b_n.v[j];
+                            d[m][0][half * 2 + j] = scale * of_r.v[j] + b_r.v[j];
+                            d[m][1][half * 2 + j] = scale * of_z.v[j] + b_z.v[j];
+                            x_n[m][half].v[j] = scale * of_n.v[j] + b_n.v[j];
                         }
                     }
                 }
+                // One call: a choice between two would wait for what they load, to move it to one place.
                 const bool last = u + block_warps() >= l.unit_tiles;
-                if (!last || s + 1 < steps) now = last ? fetch(s + 1, warp_index(), 0, 3) : fetch(s, u + block_warps(), 0, 3);
+                now = fetch(last ? s + 1 : s, last ? warp_index() : u + block_warps(), 0, 3);
 
                 multiply_unit<Math>(d, from, 0, weights, p.packed, l, u, 3, 0, 0, l.tiles);
 
@@ -199,7 +197,7 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
                             hn.v[j] = d[m][2][half * 2 + j] + b_hn.v[j];
                             n.v[j] = Math::tanh(x_n[m][half].v[j] + r.v[j] * hn.v[j]);
                         }
-                        save(row, s, u, 0, r), save(row, s, u, 1, z), save(row, s, u, 2, n), save(row, s, u, 3, hn);
+                        save(row, s, u, 0, r, z, n, hn);
                         finish(row, s, u, to, a[m][half], z, n);
                     }
                 }
@@ -223,18 +221,18 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
                     for (int half = 0; half < 2; ++half) {
                         const int row = place_of(m, half);
                         if (!valid(row, s)) continue;
-                        const T scale = p.gate == Gate::input ? x.a[m][half] : T(1);
+                        const T scale = p.gate == Gate::input ? to_compute(x.a[m][half]) : T(1);
                         const Pack<T, 2> h = exact.template ld_as<Pack<T, 2>>(row * units + unit);
+                        const Pack<T, 2> of_r = unpack<T>(x.x[m][half][0]), of_z = unpack<T>(x.x[m][half][1]);
                         Pack<T, 2> r, z;
 #pragma unroll
                         for (int j = 0; j < 2; ++j) {
-                            const auto& w = x.x[m][half];
-                            r.v[j] = Math::sigmoid(scale * w[0].v[j] + b_r.v[j] + d[m][0][half * 2 + j]);
-                            z.v[j] = Math::sigmoid(scale * w[1].v[j] + b_z.v[j] + d[m][1][half * 2 + j]);
+                            r.v[j] = Math::sigmoid(scale * of_r.v[j] + b_r.v[j] + d[m][0][half * 2 + j]);
+                            z.v[j] = Math::sigmoid(scale * of_z.v[j] + b_z.v[j] + d[m][1][half * 2 + j]);
                             if (unit + j < hidden) other.st(row * l.stride + unit + j, Math::operand(r.v[j] * h.v[j]));
                         }
                         update.st_as(row * units + unit, z);
-                        save(row, s, u, 0, r), save(row, s, u, 1, z);
+                        save(row, s, u, 0, r, z);
                     }
                 }
             }
@@ -250,11 +248,12 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
                     for (int half = 0; half < 2; ++half) {
                         const int row = place_of(m, half);
                         if (!valid(row, s)) continue;
-                        const T a = x.a[m][half], scale = p.gate == Gate::input ? a : T(1);
+                        const T a = to_compute(x.a[m][half]), scale = p.gate == Gate::input ? a : T(1);
+                        const Pack<T, 2> of_n = unpack<T>(x.x[m][half][2]);
                         Pack<T, 2> n;
 #pragma unroll
                         for (int j = 0; j < 2; ++j) {
-                            n.v[j] = Math::tanh(scale * x.x[m][half][2].v[j] + b_n.v[j] + (d[m][0][half * 2 + j] + b_hn.v[j]));
+                            n.v[j] = Math::tanh(scale * of_n.v[j] + b_n.v[j] + (d[m][0][half * 2 + j] + b_hn.v[j]));
                         }
                         save(row, s, u, 2, n);
                         finish(row, s, u, state, a,
@@ -325,11 +324,10 @@ void gru_forward(Stream stream, const GruForward<S>& p) {
                    {p.packed, gru_packed_size(p), "packed weight_hh"});
         const Grid grid = {sweep_blocks(p, l), 1, 1, 32 * l.warps, l.shared_bytes};
         with_layout<Math>(l, [&](auto row_tiles, auto state_shared) {
-            const auto run = [&](auto reset_after) {
+            with_constant(p.reset_after, [&](auto reset_after) {
                 launch("gru_forward", forward_sweep<Math, row_tiles(), state_shared(), reset_after()>, grid, stream,
                        params(p, l));
-            };
-            p.reset_after ? run(std::true_type{}) : run(std::false_type{});
+            });
         });
     });
 }

@@ -104,6 +104,14 @@ struct TileRows {
 // The time index of a row's s-th step.
 DIEN_OPS_DEVICE int time_of(bool reverse, int length, int s) { return reverse ? length - 1 - s : s; }
 
+// Stores an entry's gates, from gate `first` on: of each the lane's two units, the first of which is `unit`.
+template <typename S, typename... Pairs>
+DIEN_OPS_DEVICE void store_gates(const gmem<S>& to, int64_t entry, int64_t gates_size, int hidden, int first, int unit,
+                                 bool paired, const Pairs&... gates) {
+    int64_t i = entry * gates_size + int64_t(first) * hidden + unit;
+    ((store_pair(to, i, pair_count(unit, hidden), paired, gates), i += hidden), ...);
+}
+
 // Carves a block's part of a workspace in global memory as an Arena does shared memory.
 class GlobalArena {
   public:
@@ -222,6 +230,12 @@ void with_layout(const SweepLayout& l, F&& f) {
     }
     if (l.state_shared) return f(std::integral_constant<int, 1>{}, std::true_type{});
     f(std::integral_constant<int, 1>{}, std::false_type{});
+}
+
+// Calls f with the condition as a constant.
+template <typename F>
+void with_constant(bool condition, F&& f) {
+    condition ? f(std::true_type{}) : f(std::false_type{});
 }
 
 inline GruResidence residence_of(const SweepLayout& l) {

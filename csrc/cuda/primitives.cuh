@@ -91,6 +91,10 @@ struct gmem {
     DIEN_OPS_DEVICE V ld_as(int64_t i, Site site = {}) const;
     template <typename V>
     DIEN_OPS_DEVICE void st_as(int64_t i, V value, Site site = {}) const;
+    // What ld_as loads where the condition holds, zeros elsewhere; of memory that nobody writes during the launch. Without a
+    // branch, and opaque to the compiler: no instruction touches the number, and so waits for it, before the caller's does.
+    template <typename V>
+    DIEN_OPS_DEVICE V ld_if(bool condition, int64_t i, Site site = {}) const;
     // The numbers offset .. offset + n - 1; of an absent buffer, one that is absent.
     DIEN_OPS_HOST_DEVICE gmem sub(int64_t offset, int64_t n, Site site = {}) const;
 };
@@ -136,6 +140,11 @@ class Arena {
   private:
     int used_ = 0;  // bytes
 };
+
+// The value itself, of 4 or 8 bytes in one register or pair of them up to here: the compiler takes it apart here or later,
+// never at the load that it comes from.
+template <typename V>
+DIEN_OPS_DEVICE V keep_whole(V value);
 
 // Barriers: what the threads of the block (of the warp) wrote before is seen by them after.
 DIEN_OPS_DEVICE void sync_block(Site site = {});
@@ -245,6 +254,24 @@ DIEN_OPS_DEVICE void store_word(void* p, const V& value) {
     *static_cast<typename Word<sizeof(V)>::Type*>(p) = word;
 }
 
+// The integer of V's size.
+template <typename V>
+using Bits = std::conditional_t<sizeof(V) == 2, uint16_t, std::conditional_t<sizeof(V) == 4, uint32_t, uint64_t>>;
+
+// What lies at `from` where the condition holds, `word` elsewhere.
+DIEN_OPS_DEVICE uint16_t load_bits(uint16_t word, uint64_t from, int condition) {
+    asm("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.b16 %0, [%1];}" : "+h"(word) : "l"(from), "r"(condition));
+    return word;
+}
+DIEN_OPS_DEVICE uint32_t load_bits(uint32_t word, uint64_t from, int condition) {
+    asm("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.b32 %0, [%1];}" : "+r"(word) : "l"(from), "r"(condition));
+    return word;
+}
+DIEN_OPS_DEVICE uint64_t load_bits(uint64_t word, uint64_t from, int condition) {
+    asm("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.b64 %0, [%1];}" : "+l"(word) : "l"(from), "r"(condition));
+    return word;
+}
+
 template <typename T>
 DIEN_OPS_DEVICE std::remove_const_t<T> gmem<T>::ld(int64_t i, Site) const {
     return ptr[i];
@@ -258,6 +285,19 @@ template <typename V>
 DIEN_OPS_DEVICE V gmem<T>::ld_as(int64_t i, Site) const {
     static_assert(kMovesAs<V, T>);
     return load_word<V>(ptr + i);
+}
+template <typename T>
+template <typename V>
+DIEN_OPS_DEVICE V gmem<T>::ld_if(bool condition, int64_t i, Site) const {
+    static_assert(kMovesAs<V, T>);
+    if constexpr (sizeof(V) == 16) {
+        return condition ? load_word<V>(ptr + i) : V{};
+    } else {
+        const Bits<V> word = load_bits(Bits<V>{}, __cvta_generic_to_global(ptr + i), condition);
+        V value;
+        memcpy(&value, &word, sizeof(V));
+        return value;
+    }
 }
 template <typename T>
 template <typename V>
@@ -295,6 +335,18 @@ DIEN_OPS_DEVICE view<T> view<T>::sub(int offset, int, Site) const {
     view part;
     part.data_ = data_ + offset;
     return part;
+}
+
+template <typename V>
+DIEN_OPS_DEVICE V keep_whole(V value) {
+    if constexpr (sizeof(V) == 4 || sizeof(V) == 8) {
+        Bits<V> word;
+        memcpy(&word, &value, sizeof(V));
+        if constexpr (sizeof(V) == 4) asm volatile("" : "+r"(word));
+        if constexpr (sizeof(V) == 8) asm volatile("" : "+l"(word));
+        memcpy(&value, &word, sizeof(V));
+    }
+    return value;
 }
 
 template <typename T>

@@ -165,30 +165,40 @@ DIEN_OPS_DEVICE void multiply_tiles(Accumulator<Math> (&d)[kRowTiles][kColumns][
     }
 }
 
-// Numbers i and i + 1 of a row as far as `count` says (0, 1 or 2), converted; `paired` promises that i is even, and the row's
-// memory aligned to two numbers.
+// Two numbers as they are loaded: in one word, where there is one. What a step loads for the next one is kept so until it is
+// used, because whatever takes numbers apart, converts them or moves them to other registers waits for the memory first.
 template <typename S>
-DIEN_OPS_DEVICE Pack<Compute<S>, 2> load_pair(const gmem<const S>& from, int64_t i, int count, bool paired) {
-    Pack<Compute<S>, 2> pair = {};
-    if (paired && count == 2) {
-        const auto both = from.template ld_as<Pack<S, 2>>(i);
-        pair.v[0] = to_compute(both.v[0]);
-        pair.v[1] = to_compute(both.v[1]);
-        return pair;
+using LoadedPair = std::conditional_t<sizeof(S) == 2, uint32_t, std::conditional_t<sizeof(S) == 4, uint64_t, Pack<S, 2>>>;
+
+template <typename S>
+DIEN_OPS_DEVICE Pack<Compute<S>, 2> unpack(const LoadedPair<S>& loaded) {
+    Pack<S, 2> pair;
+    const LoadedPair<S> word = keep_whole(loaded);
+    memcpy(&pair, &word, sizeof(pair));
+    return {to_compute(pair.v[0]), to_compute(pair.v[1])};
+}
+
+// Numbers i and i + 1 of a row as far as `count` says (0, 1 or 2), zeros for the others; `paired` promises that i and count are
+// even, and the row's memory aligned to two numbers.
+template <typename S>
+DIEN_OPS_DEVICE LoadedPair<S> load_pair(const gmem<const S>& from, int64_t i, int count, bool paired) {
+    LoadedPair<S> loaded = from.template ld_if<LoadedPair<S>>(paired && count > 0, i);
+    if (!paired) {
+        const Pack<S, 2> pair = {from.template ld_if<S>(count > 0, i), from.template ld_if<S>(count > 1, i + 1)};
+        memcpy(&loaded, &pair, sizeof(pair));
     }
-    if (count > 0) pair.v[0] = to_compute(from.ld(i));
-    if (count > 1) pair.v[1] = to_compute(from.ld(i + 1));
-    return pair;
+    return loaded;
 }
 
 template <typename S>
 DIEN_OPS_DEVICE void store_pair(const gmem<S>& to, int64_t i, int count, bool paired, const Pack<Compute<S>, 2>& pair) {
-    if (paired && count == 2) {
-        to.st_as(i, Pack<S, 2>{to_storage<S>(pair.v[0]), to_storage<S>(pair.v[1])});
-        return;
+    const Pack<S, 2> stored = {to_storage<S>(pair.v[0]), to_storage<S>(pair.v[1])};
+    if (paired) {
+        if (count > 0) to.st_as(i, stored);
+    } else {
+        if (count > 0) to.st(i, stored.v[0]);
+        if (count > 1) to.st(i + 1, stored.v[1]);
     }
-    if (count > 0) to.st(i, to_storage<S>(pair.v[0]));
-    if (count > 1) to.st(i + 1, to_storage<S>(pair.v[1]));
 }
 
 // How many of the numbers at `column` and behind it are among the first `columns`, at most 2.

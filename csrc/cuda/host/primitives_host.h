@@ -93,6 +93,11 @@ V gmem<T>::ld_as(int64_t i, Site site) const {
 }
 template <typename T>
 template <typename V>
+V gmem<T>::ld_if(bool condition, int64_t i, Site site) const {
+    return condition ? ld_as<V>(i, site) : V{};
+}
+template <typename T>
+template <typename V>
 void gmem<T>::st_as(int64_t i, V value, Site site) const {
     host::store(host::Memory::global, ptr, i, value, n, name, site);
 }
@@ -127,6 +132,11 @@ view<T> view<T>::sub(int offset, int count, Site site) const {
     part.data_ = data_ + (inside ? offset : 0);
     part.n_ = inside ? count : 0;
     return part;
+}
+
+template <typename V>
+V keep_whole(V value) {
+    return value;
 }
 
 template <typename T>
