@@ -94,14 +94,18 @@ lint: $(VENV)/lint  ## what CI and pre-commit check: ruff, mypy, clang-format
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer; what only exercises torch's compiler is left out.
 SANITIZED := LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-  PYTHONPATH=build/sanitized $(BIN)/pytest -p no:cacheprovider -k "not opcheck and not compile and not export and not inductor"
+  PYTHONPATH=build/sanitized $(BIN)/pytest -p no:cacheprovider
+WITHOUT_COMPILER := not opcheck and not compile and not export and not inductor
+# Of the CUDA kernels' tests not those that repeat one path many times, nor those of what is above the kernels.
+SANITIZED_HOST_TESTS := $(filter-out %_drop_in.py %_module.py %_transforms.py,$(HOST_EXECUTOR_TESTS))
+ONCE := not errs_at_most and not gradcheck and not order_of_threads
 
 sanitize: $(VENV)/dien_ops  ## the tests of all kernels on a sanitized build, those of the CUDA kernels too
 	DIEN_OPS_SANITIZE=1 DIEN_OPS_CUDA=off \
 	  $(PIP) install --quiet --no-build-isolation --no-deps --upgrade --target build/sanitized .
-	$(SANITIZED) $(PYTEST) $(foreach name,bench gpu_check examples package,--ignore python_tests/test_$(name).py)
+	$(SANITIZED) -k "$(WITHOUT_COMPILER)" $(PYTEST) $(foreach name,bench gpu_check examples package,--ignore python_tests/test_$(name).py)
 	$(call build_host_executor,ON)
-	$(SANITIZED) --host-executor $(call host_executor,ON) $(HOST_EXECUTOR_TESTS) $(PYTEST)
+	$(SANITIZED) -k "$(WITHOUT_COMPILER) and $(ONCE)" --host-executor $(call host_executor,ON) $(SANITIZED_HOST_TESTS) $(PYTEST)
 
 check-package: $(VENV)/torch  ## sdist and wheel, built in isolation, installed and run in a fresh environment
 	PYTHON=$(BIN)/python TORCH="$(TORCH)" bash .ci/check_package.sh
