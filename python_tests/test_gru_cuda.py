@@ -187,6 +187,33 @@ def test_lengths_of_large_batches_and_long_sequences(size):
     assert_close(case.results(functional), case.results(reference))
 
 
+# --------------------------------------------------------------------------------------------------------- no numbers
+
+
+@RESETS
+def test_an_infinite_input_saturates_the_gates_of_its_row(reset_after):
+    # hidden 5: columns of zeros fill the last tile, and 0 times infinity must not come into the state
+    case = Case("none", lengths=False, reset_after=reset_after)
+    with torch.no_grad():
+        case.input[1, 2, 0] = torch.inf
+    expected = case.call(reference)
+    assert all(x.isfinite().all() for x in expected)
+    assert_close(case.call(functional), expected)
+
+
+@RESETS
+@CELLS
+def test_memory_that_nobody_wrote_is_never_read(cell, reset_after, set_executor):
+    set_executor(shared_bytes=49152)  # the state lies in global memory
+    case = Case(**cell, batch=5, steps=3, hidden=150, reset_after=reset_after)
+    torch.use_deterministic_algorithms(True)  # fills such memory with NaN
+    try:
+        results = case.results(functional)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(results, case.results(reference))
+
+
 # ---------------------------------------------------------------------------------------------------- on a device only
 
 
