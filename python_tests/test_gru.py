@@ -378,6 +378,13 @@ def test_the_operator_refuses_a_reversed_attentional_gru():
         torch.ops.dien_ops.gru(*arguments)
 
 
+def test_the_operator_refuses_lengths_of_another_dtype():
+    case = Case("paper")
+    lengths = case.options["lengths"].to(torch.int16)
+    with pytest.raises(RuntimeError, match="lengths must be int32 or int64"):
+        torch.ops.dien_ops.gru(*case.tensors, lengths, "paper", True, True, False, False, False)
+
+
 def test_backward_without_saved_gates_computes_them_again():
     case = Case("none")
     arguments = (*case.tensors, case.options["lengths"], "none", True, True, False, False)
