@@ -160,6 +160,9 @@ def test_low_precision_errs_at_most_twice_as_much_as_torch(cell, reset_after, dt
     assert_at_most_twice_torchs_error(draw() for _ in range(5))
 
 
+PARTIAL_VECTORS = range(17, 33)
+
+
 def check_all_cells() -> None:
     for cell in cells():
         case = Case(**cell, batch=12, hidden=21)
@@ -167,15 +170,15 @@ def check_all_cells() -> None:
 
 
 def check_all_partial_vectors() -> None:
-    for hidden in range(17, 33):
+    for hidden in PARTIAL_VECTORS:
         case = Case("authors", batch=9, hidden=hidden, features=hidden, dtype=torch.float32)
         assert_close(case.results(functional), case.results(reference), 2e-6)  # seen: 6e-7; a lost lane is off by 1
 
 
-def check_all_16_bit_numbers() -> None:
+def check_all_16_bit_numbers(sizes=PARTIAL_VECTORS) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         every = torch.arange(-32768, 32768).to(torch.int16).view(dtype).reshape(-1, 32)
-        for hidden in range(17, 33):
+        for hidden in sizes:
             hx = every[:, :hidden]
             weights = [torch.zeros(3 * hidden, n, dtype=dtype) for n in (1, hidden)]
             x = torch.zeros(1, len(hx), 1, dtype=dtype)
@@ -190,11 +193,11 @@ def check_all_16_bit_numbers() -> None:
                 assert torch.equal(scaled[finite], ((1 - a) * hx.float()).to(dtype)[finite])
 
 
-def check_saturation_and_nan() -> None:
+def check_saturation_and_nan(formats=((torch.float32, 1e-6), (torch.float64, 1e-14))) -> None:
     """One gate's pre-activation at a time, its bias, is large, infinite or NaN."""
     values = [0.0, 1e-4, 0.5, 1.0, 9.0, 20.0, 87.0, 89.0, 104.0, 708.0, 710.0, 1e4, math.inf]
     values += [-v for v in values] + [math.nan]
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
+    for dtype, tolerance in formats:
         for gate, value in itertools.product(range(3), values):
             bias = torch.zeros(3, 5, dtype=dtype)
             bias[gate] = value
@@ -373,6 +376,13 @@ def test_the_operator_refuses_a_reversed_attentional_gru():
     arguments = (*case.tensors, None, "paper", True, True, True, False, False)
     with pytest.raises(RuntimeError, match="reverse must be false for every gate but none"):
         torch.ops.dien_ops.gru(*arguments)
+
+
+def test_the_operator_refuses_lengths_of_another_dtype():
+    case = Case("paper")
+    lengths = case.options["lengths"].to(torch.int16)
+    with pytest.raises(RuntimeError, match="lengths must be int32 or int64"):
+        torch.ops.dien_ops.gru(*case.tensors, lengths, "paper", True, True, False, False, False)
 
 
 def test_backward_without_saved_gates_computes_them_again():

@@ -16,7 +16,15 @@ import dien_ops
 import dien_ops.info
 from dien_ops import functional, reference
 from helpers import assert_at_most_twice_torchs_error, assert_close, run_python
-from test_gru import CELLS, RESETS, Case, cells
+from test_gru import (
+    CELLS,
+    RESETS,
+    Case,
+    cells,
+    check_all_16_bit_numbers,
+    check_all_partial_vectors,
+    check_saturation_and_nan,
+)
 
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
 
@@ -187,7 +195,23 @@ def test_lengths_of_large_batches_and_long_sequences(size):
     assert_close(case.results(functional), case.results(reference))
 
 
-# --------------------------------------------------------------------------------------------------------- no numbers
+# ----------------------------------------------------------------------------------------------------- all numbers
+
+
+def test_all_16_bit_numbers_are_read_and_rounded_right():
+    check_all_16_bit_numbers(sizes=(17, 18))
+
+
+def test_every_size_between_two_whole_tiles_works_in_float32():
+    check_all_partial_vectors()
+
+
+def test_gates_saturate_and_hand_nan_on():
+    check_saturation_and_nan()
+
+
+def test_fast_gates_saturate_and_hand_nan_on(tf32):
+    check_saturation_and_nan([(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 
 
 @RESETS

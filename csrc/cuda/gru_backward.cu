@@ -86,7 +86,6 @@ void backward_sweep(BackwardParams<typename Math::Storage> p) {
     sync_block();
 
     const int steps = rows.steps();
-    const auto place_of = [&](int m, int half) { return m * kTileRows + tile_row() + half * 8; };
     const auto valid = [&](int row, int s) { return s >= 0 && s < rows.length.ld(row); };
     const auto time = [&](int row, int s) { return time_of(p.plan.reverse, rows.length.ld(row), s); };
 
@@ -134,16 +133,12 @@ void backward_sweep(BackwardParams<typename Math::Storage> p) {
     // Sums what the lanes have for their rows' scores; between a barrier after it and the next, finish_scores may follow.
     const auto post_scores = [&](T(&da)[kRowTiles][2]) {
         if (p.gate == Gate::none) return;
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                T sum = da[m][half];
-                sum += shuffle_xor(sum, 1);
-                sum += shuffle_xor(sum, 2);
-                if (lane_index() % 4 == 0) scores.st(place_of(m, half) * kMaxWarps<Math> + warp_index(), sum);
-            }
-        }
+        for_lane_rows<kRowTiles>([&](int m, int half, int row) {
+            T sum = da[m][half];
+            sum += shuffle_xor(sum, 1);
+            sum += shuffle_xor(sum, 2);
+            if (lane_index() % 4 == 0) scores.st(row * kMaxWarps<Math> + warp_index(), sum);
+        });
     };
     const auto finish_scores = [&](int s) {
         if (p.gate == Gate::none) return;
@@ -158,17 +153,13 @@ void backward_sweep(BackwardParams<typename Math::Storage> p) {
     const auto add_product = [&](int s, int u, int begin, int end) {
         T d[kRowTiles][1][4] = {};
         multiply_unit<Math>(d, grads, 0, weights, p.packed, l, u, 1, 0, begin, end);
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = place_of(m, half), at = row * units + u * kTileColumns + tile_column();
-                if (!valid(row, s)) continue;
-                Pack<T, 2> dh = exact.template ld_as<Pack<T, 2>>(at);
-                dh.v[0] += d[m][0][half * 2], dh.v[1] += d[m][0][half * 2 + 1];
-                exact.st_as(at, dh);
-            }
-        }
+        for_lane_rows<kRowTiles>([&](int m, int half, int row) {
+            const int at = row * units + u * kTileColumns + tile_column();
+            if (!valid(row, s)) return;
+            Pack<T, 2> dh = exact.template ld_as<Pack<T, 2>>(at);
+            dh.v[0] += d[m][0][half * 2], dh.v[1] += d[m][0][half * 2 + 1];
+            exact.st_as(at, dh);
+        });
     };
 
     struct Steps {
@@ -176,11 +167,7 @@ void backward_sweep(BackwardParams<typename Math::Storage> p) {
     };
     const auto load_all = [&](int s, int u) {
         Steps v = {};
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) v.row[m][half] = load(place_of(m, half), s, u);
-        }
+        for_lane_rows<kRowTiles>([&](int m, int half, int row) { v.row[m][half] = load(row, s, u); });
         return v;
     };
 
@@ -189,44 +176,40 @@ void backward_sweep(BackwardParams<typename Math::Storage> p) {
     for (int s = steps - 1; s >= 0; --s) {
         T da[kRowTiles][2] = {};
         for (int u = warp_index(); u < l.unit_tiles; u += block_warps()) {
+            for_lane_rows<kRowTiles>([&](int m, int half, int row) {
+                const int at = row * units + u * kTileColumns + tile_column();
+                if (!valid(row, s)) return;
+                const Step& v = now.row[m][half];
+                const auto gate_r = unpack<S>(v.r), gate_z = unpack<S>(v.z), gate_n = unpack<S>(v.n), hn = unpack<S>(v.hn);
+                const auto before = unpack<S>(v.h), grad = unpack<S>(v.grad);
+                const T a = to_compute(keep_whole(v.a));
+                Pack<T, 2> dh = exact.template ld_as<Pack<T, 2>>(at), dr, dz, dn, dhn;
 #pragma unroll
-            for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int row = place_of(m, half), at = row * units + u * kTileColumns + tile_column();
-                    if (!valid(row, s)) continue;
-                    const Step& v = now.row[m][half];
-                    const auto gate_r = unpack<S>(v.r), gate_z = unpack<S>(v.z), gate_n = unpack<S>(v.n), hn = unpack<S>(v.hn);
-                    const auto before = unpack<S>(v.h), grad = unpack<S>(v.grad);
-                    const T a = to_compute(keep_whole(v.a));
-                    Pack<T, 2> dh = exact.template ld_as<Pack<T, 2>>(at), dr, dz, dn, dhn;
-#pragma unroll
-                    for (int j = 0; j < 2; ++j) {
-                        const T r = gate_r.v[j], z = gate_z.v[j], n = gate_n.v[j], h = before.v[j];
-                        const T d = dh.v[j] + grad.v[j], k = keep_weight(p.gate, z, a);
-                        const KeepGradient<T> of_keep = keep_gradient(p.gate, d * (h - n), z, a);
-                        dz.v[j] = of_keep.dz * z * (T(1) - z);
-                        dn.v[j] = d * (T(1) - k) * (T(1) - n * n);
-                        dhn.v[j] = dn.v[j] * r;
-                        dr.v[j] = dn.v[j] * hn.v[j] * r * (T(1) - r);
-                        dh.v[j] = d * k;
-                        if (p.gate != Gate::input) da[m][half] += of_keep.da;
-                    }
-                    exact.st_as(at, dh);
-                    leave(row, u, 1, dz);
-                    if constexpr (kResetAfter) {
-                        leave(row, u, 0, dr), leave(row, u, 2, dhn);
-                        save(row, s, u, 0, dr, dz, dn, dhn);
-                    } else {
-                        leave(row, u, 2, dn);
-                        save(row, s, u, 1, dz, dn);
-                    }
-                    if (p.gate == Gate::input) {
-                        da[m][half] += score_of_input(row, s, u, 1, dz) + score_of_input(row, s, u, 2, dn);
-                        if constexpr (kResetAfter) da[m][half] += score_of_input(row, s, u, 0, dr);
-                    }
+                for (int j = 0; j < 2; ++j) {
+                    const T r = gate_r.v[j], z = gate_z.v[j], n = gate_n.v[j], h = before.v[j];
+                    const T d = dh.v[j] + grad.v[j], k = keep_weight(p.gate, z, a);
+                    const KeepGradient<T> of_keep = keep_gradient(p.gate, d * (h - n), z, a);
+                    dz.v[j] = of_keep.dz * z * (T(1) - z);
+                    dn.v[j] = d * (T(1) - k) * (T(1) - n * n);
+                    dhn.v[j] = dn.v[j] * r;
+                    dr.v[j] = dn.v[j] * hn.v[j] * r * (T(1) - r);
+                    dh.v[j] = d * k;
+                    if (p.gate != Gate::input) da[m][half] += of_keep.da;
                 }
-            }
+                exact.st_as(at, dh);
+                leave(row, u, 1, dz);
+                if constexpr (kResetAfter) {
+                    leave(row, u, 0, dr), leave(row, u, 2, dhn);
+                    save(row, s, u, 0, dr, dz, dn, dhn);
+                } else {
+                    leave(row, u, 2, dn);
+                    save(row, s, u, 1, dz, dn);
+                }
+                if (p.gate == Gate::input) {
+                    da[m][half] += score_of_input(row, s, u, 1, dz) + score_of_input(row, s, u, 2, dn);
+                    if constexpr (kResetAfter) da[m][half] += score_of_input(row, s, u, 0, dr);
+                }
+            });
             // After the use of what it replaces, for want of registers; barrier and product hide the wait.
             const bool last = u + block_warps() >= l.unit_tiles;
             now = load_all(last ? s - 1 : s, last ? warp_index() : u + block_warps());
@@ -242,27 +225,23 @@ void backward_sweep(BackwardParams<typename Math::Storage> p) {
             for (int u = warp_index(); u < l.unit_tiles; u += block_warps()) {
                 T d[kRowTiles][1][4] = {};  // of r h
                 multiply_unit<Math>(d, grads, 0, weights, p.packed, l, u, 1, 0, 2 * gate_tiles, l.tiles);
+                for_lane_rows<kRowTiles>([&](int m, int half, int row) {
+                    const int at = row * units + u * kTileColumns + tile_column();
+                    if (!valid(row, s)) return;
+                    const Step v = load(row, s, u);
+                    const auto gate_r = unpack<S>(v.r), before = unpack<S>(v.h);
+                    Pack<T, 2> dh = exact.template ld_as<Pack<T, 2>>(at), dr;
 #pragma unroll
-                for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const int row = place_of(m, half), at = row * units + u * kTileColumns + tile_column();
-                        if (!valid(row, s)) continue;
-                        const Step v = load(row, s, u);
-                        const auto gate_r = unpack<S>(v.r), before = unpack<S>(v.h);
-                        Pack<T, 2> dh = exact.template ld_as<Pack<T, 2>>(at), dr;
-#pragma unroll
-                        for (int j = 0; j < 2; ++j) {
-                            const T r = gate_r.v[j], of_product = d[m][0][half * 2 + j];
-                            dr.v[j] = of_product * before.v[j] * r * (T(1) - r);
-                            dh.v[j] += of_product * r;
-                        }
-                        exact.st_as(at, dh);
-                        leave(row, u, 0, dr);
-                        save(row, s, u, 0, dr);
-                        if (p.gate == Gate::input) da[m][half] += score_of_input(row, s, u, 0, dr);
+                    for (int j = 0; j < 2; ++j) {
+                        const T r = gate_r.v[j], of_product = d[m][0][half * 2 + j];
+                        dr.v[j] = of_product * before.v[j] * r * (T(1) - r);
+                        dh.v[j] += of_product * r;
                     }
-                }
+                    exact.st_as(at, dh);
+                    leave(row, u, 0, dr);
+                    save(row, s, u, 0, dr);
+                    if (p.gate == Gate::input) da[m][half] += score_of_input(row, s, u, 0, dr);
+                });
             }
             post_scores(da);
             sync_block();

@@ -100,7 +100,6 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
     sync_block();
 
     const int steps = rows.steps();
-    const auto place_of = [&](int m, int half) { return m * kTileRows + tile_row() + half * 8; };
     const auto valid = [&](int row, int s) { return s < rows.length.ld(row); };
 
     // W x of the lane's units, and the scores.
@@ -110,20 +109,16 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
     };
     const auto fetch = [&](int s, int u, int first_gate, int gates) {
         Fetched f = {};
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = place_of(m, half), t = time_of(p.plan.reverse, rows.length.ld(row), s);
-                const bool here = valid(row, s);
-                const int64_t x = (rows.step.ld(row) + t) * 3 * units + u * kTileColumns + tile_column();
-                for (int g = first_gate; g < first_gate + gates; ++g) {
-                    f.x[m][half][g] = p.projected.template ld_if<LoadedPair<T>>(here, x + g * units);
-                }
-                const int64_t score = rows.attention.ld(row) + t * p.attention_strides.t;
-                f.a[m][half] = p.attention.template ld_if<S>(here && p.gate != Gate::none, score);
+        for_lane_rows<kRowTiles>([&](int m, int half, int row) {
+            const int t = time_of(p.plan.reverse, rows.length.ld(row), s);
+            const bool here = valid(row, s);
+            const int64_t x = (rows.step.ld(row) + t) * 3 * units + u * kTileColumns + tile_column();
+            for (int g = first_gate; g < first_gate + gates; ++g) {
+                f.x[m][half][g] = p.projected.template ld_if<LoadedPair<T>>(here, x + g * units);
             }
-        }
+            const int64_t score = rows.attention.ld(row) + t * p.attention_strides.t;
+            f.a[m][half] = p.attention.template ld_if<S>(here && p.gate != Gate::none, score);
+        });
         return f;
     };
 
@@ -160,22 +155,18 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
                 T d[kRowTiles][3][4] = {};
                 Pack<T, 2> x_n[kRowTiles][2];
                 T a[kRowTiles][2];
+                for_lane_rows<kRowTiles>([&](int m, int half, int) {
+                    const auto& x = now.x[m][half];
+                    const Pack<T, 2> of_r = unpack<T>(x[0]), of_z = unpack<T>(x[1]), of_n = unpack<T>(x[2]);
+                    a[m][half] = to_compute(keep_whole(now.a[m][half]));
+                    const T scale = p.gate == Gate::input ? a[m][half] : T(1);
 #pragma unroll
-                for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const auto& x = now.x[m][half];
-                        const Pack<T, 2> of_r = unpack<T>(x[0]), of_z = unpack<T>(x[1]), of_n = unpack<T>(x[2]);
-                        a[m][half] = to_compute(keep_whole(now.a[m][half]));
-                        const T scale = p.gate == Gate::input ? a[m][half] : T(1);
-#pragma unroll
-                        for (int j = 0; j < 2; ++j) {
-                            d[m][0][half * 2 + j] = scale * of_r.v[j] + b_r.v[j];
-                            d[m][1][half * 2 + j] = scale * of_z.v[j] + b_z.v[j];
-                            x_n[m][half].v[j] = scale * of_n.v[j] + b_n.v[j];
-                        }
+                    for (int j = 0; j < 2; ++j) {
+                        d[m][0][half * 2 + j] = scale * of_r.v[j] + b_r.v[j];
+                        d[m][1][half * 2 + j] = scale * of_z.v[j] + b_z.v[j];
+                        x_n[m][half].v[j] = scale * of_n.v[j] + b_n.v[j];
                     }
-                }
+                });
                 // One call: a choice between two would wait for what they load, to move it to one place.
                 const bool last = u + block_warps() >= l.unit_tiles;
                 now = fetch(last ? s + 1 : s, last ? warp_index() : u + block_warps(), 0, 3);
@@ -183,24 +174,19 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
                 multiply_unit<Math>(d, from, 0, weights, p.packed, l, u, 3, 0, 0, l.tiles);
 
                 const Pack<T, 2> b_hn = bias_of(kBiasHN, u);
+                for_lane_rows<kRowTiles>([&](int m, int half, int row) {
+                    if (!valid(row, s)) return;
+                    Pack<T, 2> r, z, n, hn;
 #pragma unroll
-                for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const int row = place_of(m, half);
-                        if (!valid(row, s)) continue;
-                        Pack<T, 2> r, z, n, hn;
-#pragma unroll
-                        for (int j = 0; j < 2; ++j) {
-                            r.v[j] = Math::sigmoid(d[m][0][half * 2 + j]);
-                            z.v[j] = Math::sigmoid(d[m][1][half * 2 + j]);
-                            hn.v[j] = d[m][2][half * 2 + j] + b_hn.v[j];
-                            n.v[j] = Math::tanh(x_n[m][half].v[j] + r.v[j] * hn.v[j]);
-                        }
-                        save(row, s, u, 0, r, z, n, hn);
-                        finish(row, s, u, to, a[m][half], z, n);
+                    for (int j = 0; j < 2; ++j) {
+                        r.v[j] = Math::sigmoid(d[m][0][half * 2 + j]);
+                        z.v[j] = Math::sigmoid(d[m][1][half * 2 + j]);
+                        hn.v[j] = d[m][2][half * 2 + j] + b_hn.v[j];
+                        n.v[j] = Math::tanh(x_n[m][half].v[j] + r.v[j] * hn.v[j]);
                     }
-                }
+                    save(row, s, u, 0, r, z, n, hn);
+                    finish(row, s, u, to, a[m][half], z, n);
+                });
             }
             sync_block();
             const auto swapped = from;
@@ -215,26 +201,21 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
                 multiply_unit<Math>(d, state, 0, weights, p.packed, l, u, 3, 0, 0, l.tiles);
                 const Pack<T, 2> b_r = bias_of(kBiasR, u), b_z = bias_of(kBiasZ, u);
                 const int unit = u * kTileColumns + tile_column();
+                for_lane_rows<kRowTiles>([&](int m, int half, int row) {
+                    if (!valid(row, s)) return;
+                    const T scale = p.gate == Gate::input ? to_compute(x.a[m][half]) : T(1);
+                    const Pack<T, 2> h = exact.template ld_as<Pack<T, 2>>(row * units + unit);
+                    const Pack<T, 2> of_r = unpack<T>(x.x[m][half][0]), of_z = unpack<T>(x.x[m][half][1]);
+                    Pack<T, 2> r, z;
 #pragma unroll
-                for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const int row = place_of(m, half);
-                        if (!valid(row, s)) continue;
-                        const T scale = p.gate == Gate::input ? to_compute(x.a[m][half]) : T(1);
-                        const Pack<T, 2> h = exact.template ld_as<Pack<T, 2>>(row * units + unit);
-                        const Pack<T, 2> of_r = unpack<T>(x.x[m][half][0]), of_z = unpack<T>(x.x[m][half][1]);
-                        Pack<T, 2> r, z;
-#pragma unroll
-                        for (int j = 0; j < 2; ++j) {
-                            r.v[j] = Math::sigmoid(scale * of_r.v[j] + b_r.v[j] + d[m][0][half * 2 + j]);
-                            z.v[j] = Math::sigmoid(scale * of_z.v[j] + b_z.v[j] + d[m][1][half * 2 + j]);
-                            if (unit + j < hidden) other.st(row * l.stride + unit + j, Math::operand(r.v[j] * h.v[j]));
-                        }
-                        update.st_as(row * units + unit, z);
-                        save(row, s, u, 0, r, z);
+                    for (int j = 0; j < 2; ++j) {
+                        r.v[j] = Math::sigmoid(scale * of_r.v[j] + b_r.v[j] + d[m][0][half * 2 + j]);
+                        z.v[j] = Math::sigmoid(scale * of_z.v[j] + b_z.v[j] + d[m][1][half * 2 + j]);
+                        if (unit + j < hidden) other.st(row * l.stride + unit + j, Math::operand(r.v[j] * h.v[j]));
                     }
-                }
+                    update.st_as(row * units + unit, z);
+                    save(row, s, u, 0, r, z);
+                });
             }
             sync_block();
             for (int u = warp_index(); u < l.unit_tiles; u += block_warps()) {
@@ -242,24 +223,19 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
                 T d[kRowTiles][1][4] = {};
                 multiply_unit<Math>(d, other, 0, weights, p.packed, l, u, 3, 2, 0, l.tiles);
                 const Pack<T, 2> b_n = bias_of(kBiasN, u), b_hn = bias_of(kBiasHN, u);
+                for_lane_rows<kRowTiles>([&](int m, int half, int row) {
+                    if (!valid(row, s)) return;
+                    const T a = to_compute(x.a[m][half]), scale = p.gate == Gate::input ? a : T(1);
+                    const Pack<T, 2> of_n = unpack<T>(x.x[m][half][2]);
+                    Pack<T, 2> n;
 #pragma unroll
-                for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const int row = place_of(m, half);
-                        if (!valid(row, s)) continue;
-                        const T a = to_compute(x.a[m][half]), scale = p.gate == Gate::input ? a : T(1);
-                        const Pack<T, 2> of_n = unpack<T>(x.x[m][half][2]);
-                        Pack<T, 2> n;
-#pragma unroll
-                        for (int j = 0; j < 2; ++j) {
-                            n.v[j] = Math::tanh(scale * of_n.v[j] + b_n.v[j] + (d[m][0][half * 2 + j] + b_hn.v[j]));
-                        }
-                        save(row, s, u, 2, n);
-                        finish(row, s, u, state, a,
-                               update.template ld_as<Pack<T, 2>>(row * units + u * kTileColumns + tile_column()), n);
+                    for (int j = 0; j < 2; ++j) {
+                        n.v[j] = Math::tanh(scale * of_n.v[j] + b_n.v[j] + (d[m][0][half * 2 + j] + b_hn.v[j]));
                     }
-                }
+                    save(row, s, u, 2, n);
+                    finish(row, s, u, state, a,
+                           update.template ld_as<Pack<T, 2>>(row * units + u * kTileColumns + tile_column()), n);
+                });
             }
             sync_block();
         }

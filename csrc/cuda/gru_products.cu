@@ -132,21 +132,17 @@ void step_product(DevicePlan plan, gmem<const typename Math::Storage> a, StepRow
         sync_block();
     }
 
+    for_lane_rows<kProductRows / kTileRows>([&](int m, int half, int row) {
+        const int64_t step = first + row;
+        if (step >= total) return;
+        const int64_t offset = out_rows.offset(plan, step);
 #pragma unroll
-    for (int m = 0; m < kProductRows / kTileRows; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int64_t step = first + m * kTileRows + tile_row() + half * 8;
-            if (step >= total) continue;
-            const int64_t offset = out_rows.offset(plan, step);
-#pragma unroll
-            for (int n = 0; n < 4; ++n) {
-                const int64_t column = (column_tile + n) * kTileColumns + tile_column();
-                store_pair(out, offset + column, pair_count(column, columns), paired,
-                           Pack<T, 2>{d[m][n][half * 2], d[m][n][half * 2 + 1]});
-            }
+        for (int n = 0; n < 4; ++n) {
+            const int64_t column = (column_tile + n) * kTileColumns + tile_column();
+            store_pair(out, offset + column, pair_count(column, columns), paired,
+                       Pack<T, 2>{d[m][n][half * 2], d[m][n][half * 2 + 1]});
         }
-    }
+    });
 }
 
 // The gradient of W x of a step: the sum over its sequence's targets, each times its score where that scales W x.
@@ -248,20 +244,16 @@ void outer_product(DevicePlan plan, int64_t entries_per_step, gmem<const typenam
         sync_block();
     }
 
+    for_lane_rows<2>([&](int m, int half, int lane_row) {
+        const int64_t r = row + warp_row + lane_row;
+        if (r >= rows) return;
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int64_t r = row + warp_row + m * kTileRows + tile_row() + half * 8;
-            if (r >= rows) continue;
-#pragma unroll
-            for (int n = 0; n < 4; ++n) {
-                const int64_t c = column + (warp_column + n) * kTileColumns + tile_column();
-                store_pair(partial, block_index_z() * partial_stride + (out_row + r) * columns + c, pair_count(c, columns),
-                           false, Pack<T, 2>{d[m][n][half * 2], d[m][n][half * 2 + 1]});
-            }
+        for (int n = 0; n < 4; ++n) {
+            const int64_t c = column + (warp_column + n) * kTileColumns + tile_column();
+            store_pair(partial, block_index_z() * partial_stride + (out_row + r) * columns + c, pair_count(c, columns), false,
+                       Pack<T, 2>{d[m][n][half * 2], d[m][n][half * 2 + 1]});
         }
-    }
+    });
 }
 
 // partial [splits, width]: the sums of the columns of a [entries, width].

@@ -105,8 +105,9 @@ void launch(const char* name, void (*kernel)(P...), const Grid& grid, Stream str
     const auto function = reinterpret_cast<const void*>(kernel);
     constexpr int64_t kWithoutAsking = 48 << 10;
     if (grid.shared_bytes > kWithoutAsking) {
+        // The device's limit, and not what this launch takes: another host thread may start the kernel with more.
         check_cuda(name, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                              static_cast<int>(grid.shared_bytes)));
+                                              static_cast<int>(device_limits().shared_bytes_per_block)));
     }
     void* pointers[sizeof...(P) + 1] = {const_cast<void*>(static_cast<const void*>(&args))...};
     const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));

@@ -147,6 +147,16 @@ DIEN_OPS_HOST_DEVICE constexpr int padded_stride(int tiles) {
     return tiles * Math::kDepth + static_cast<int>(16 / sizeof(typename Math::Operand));
 }
 
+// Calls f(m, half, row) for each row of which the lane has d[2 * half] and d[2 * half + 1] of row tile m.
+template <int kRowTiles, typename F>
+DIEN_OPS_DEVICE void for_lane_rows(const F& f) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) f(m, half, m * kTileRows + tile_row() + half * 8);
+    }
+}
+
 // d[row tile][column tile] += A B for tiles [begin, end) of k: A's rows from `a`, B's tile (k, column tile) at
 // first_tile + k * tile_stride + column tile.
 template <typename Math, int kRowTiles, int kColumns, typename MemoryA, typename MemoryB, typename Index>
