@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The recurrent column on CUDA: contracts. Every function queues work on a stream and returns; nothing waits for the device, so
-// all of it can be captured in a graph. Pointers are device memory, borrowed until the work is done. Sizes and pointers come
-// from the layer above; what a launch needs of the device is asked for here.
+// all of it can be captured in a graph. Pointers are device memory, borrowed until the work is done; tensors may begin at any
+// number, what is written and what is passed from function to function at multiples of 16 bytes, as torch allocates. Sizes and
+// pointers come from the layer above; what a launch needs of the device is asked for here.
 //
 //   gru_lengths            checks lengths
 //   gru_plan               numbers the valid steps
@@ -127,7 +128,7 @@ struct GruBackward : GruProblem<S> {
 
     S* grad_gates;      // [entries, gates_size]: of r, z, n before their activation and, where the reset comes after the
                         // product, of U_n h + b_hn
-    S* grad_attention;  // [B, C, T] with attention_strides, or null; written where valid
+    S* grad_attention;  // [B, C, T] with attention_strides; null where gate is none; written where valid
     S* grad_hx;         // [B, C, H]
 };
 template <typename S>

@@ -11,6 +11,9 @@
 //
 // The gradient of a score is a sum over units: over the lanes of a warp by shuffles, over warps through shared memory, always
 // in the same order.
+#include <algorithm>
+#include <iterator>
+
 #include "cuda/gru_products.cuh"
 #include "cuda/gru_sweep.cuh"
 
@@ -50,8 +53,8 @@ SweepLayout backward_layout(int64_t hidden, int64_t rows) {
     return l;
 }
 
-// kPaired: H is even and every pointer aligned, so that two units are one access. A choice in the loop would make it wait for
-// what it loads ahead.
+// kPaired: H is even and everything that is read aligned, so that two units are one access. A choice in the loop would make it
+// wait for what it loads ahead.
 template <typename Math, int kRowTiles, bool kStateShared, bool kResetAfter, bool kPaired>
 DIEN_OPS_KERNEL(kMaxWarps<Math> * 32)
 void backward_sweep(BackwardParams<typename Math::Storage> p) {
@@ -309,7 +312,10 @@ void gru_backward(Stream stream, const GruBackward<S>& p) {
         pack<Math>(stream, {p.weight_hh, 3 * H * H, "weight_hh"}, {3, H, H, H * H, 1, H},
                    {l.tiles, 1, l.tiles / 3, 3 * l.unit_tiles}, {p.packed, gru_packed_size(p), "packed weight_hh"});
         const Grid grid = {sweep_blocks(p, l), 1, 1, 32 * l.warps, l.shared_bytes};
-        const bool paired = H % 2 == 0 && pairs_aligned<S>({p.hx, p.output, p.gates, p.grad_output, p.grad_gates});
+        const void* const read[] = {p.hx, p.output, p.gates, p.grad_output};
+        const bool paired = H % 2 == 0 && std::all_of(std::begin(read), std::end(read), [](const void* array) {
+                                return reinterpret_cast<uintptr_t>(array) % (2 * sizeof(S)) == 0;
+                            });
         with_layout<Math>(l, [&](auto row_tiles, auto state_shared) {
             with_constant(p.reset_after, [&](auto reset_after) {
                 with_constant(paired, [&](auto in_pairs) {

@@ -39,9 +39,10 @@ SweepLayout forward_layout(int64_t hidden, int64_t rows, bool reset_after) {
     const int64_t units = round_up<int64_t>(hidden, kTileColumns);
     const auto state = [&](int row_tiles) {
         const int64_t n = int64_t(row_tiles) * kTileRows;
-        return 2 * arena_bytes<Operand>(n * padded_stride<Math>(tiles)) + (reset_after ? 1 : 2) * arena_bytes<T>(n * units);
+        return 2 * arena_bytes<Operand>(n * padded_stride<Math>(tiles)) + (reset_after ? 1 : 2) * arena_bytes<T>(n * units) +
+               arena_bytes<T>(4 * units);
     };
-    const auto fixed = [&](int row_tiles) { return TileRows::bytes(row_tiles * kTileRows) + arena_bytes<T>(4 * units); };
+    const auto fixed = [](int row_tiles) { return TileRows::bytes(row_tiles * kTileRows); };
     const int64_t tile_bytes = units / kTileColumns * 3 * kTileNumbers<Math> * sizeof(Operand);
     SweepLayout l = sweep_layout<Math>(hidden, rows, tiles, tile_bytes, state, fixed);
     l.stride = padded_stride<Math>(tiles);
@@ -63,7 +64,6 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
     Arena arena;
     GlobalArena workspace(p.workspace, l.workspace_bytes);
     const TileRows rows(arena, kRows);
-    const auto bias = arena.take<T>(4 * units, "biases");
     const auto weights = arena.take<Operand>(l.unit_tiles * l.resident * 3 * kTileNumbers<Math>, "weights");
     auto& memory = state_arena<kStateShared>(arena, workspace);
     const auto state = memory.template take<Operand>(kRows * l.stride, "h");
@@ -71,6 +71,7 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
     const auto other = memory.template take<Operand>(kRows * l.stride, kResetAfter ? "next h" : "r h");
     const auto exact = memory.template take<T>(kRows * units, "exact h");  // each number is its owner's alone, in all steps
     const auto update = memory.template take<T>(kResetAfter ? 0 : kRows * units, "z");
+    const auto bias = memory.template take<T>(4 * units, "biases");
 
     rows.read(p.plan, p.output_strides, p.attention_strides, kRows);
     for (int i = thread_index(); i < units; i += block_threads()) {

@@ -395,8 +395,7 @@ void gru_input_gradient(Stream stream, const GruProblem<S>& p, const S* grad_gat
         launch("gru_input_gradient", step_product<Math, S>, step_grid(p, tiles, sizeof(S), 16), stream, DevicePlan(p),
                gmem<const S>{of_projection ? of_projection : grad_gates, p.batch * p.steps * stride, "gradient of W x"},
                StepRows{false, 0, stride}, 3 * H, gmem<const S>{packed, gru_packed_size(p), "packed weight_ih"}, tiles,
-               gmem<S>{grad_input, p.batch * p.steps * I, "grad_input"}, input_rows(p), I,
-               I % 2 == 0 && pairs_aligned<S>({grad_input}));
+               gmem<S>{grad_input, p.batch * p.steps * I, "grad_input"}, input_rows(p), I, I % 2 == 0);
     });
 }
 

@@ -26,13 +26,4 @@ template <typename Math>
 void pack(Stream stream, const gmem<const typename Math::Storage>& weight, const PackedWeight& w, const PackedOrder& order,
           const gmem<typename Math::Operand>& packed);
 
-// Whether two numbers at an even place of each of these arrays are one aligned access.
-template <typename S>
-bool pairs_aligned(std::initializer_list<const void*> arrays) {
-    for (const void* array : arrays) {
-        if (reinterpret_cast<uintptr_t>(array) % (2 * sizeof(S)) != 0) return false;
-    }
-    return true;
-}
-
 }  // namespace dien_ops::cuda

@@ -208,7 +208,8 @@ SweepLayout sweep_layout(int64_t hidden, int64_t rows, int tiles, int64_t tile_b
     l.unit_tiles = l.units / kTileColumns;
     l.warps = l.unit_tiles == 0 ? 1 : divide_up(l.unit_tiles, divide_up(l.unit_tiles, kMaxWarps<Math>));
     l.tiles = tiles;
-    // Two row tiles share every load of the weights; they pay once there are more rows than the chip has blocks of one.
+    // Two row tiles share every load of the weights; they pay once there are more rows than the chip has blocks of one, and
+    // while half of the weights stay.
     l.row_tiles = Math::kMatrixUnit && rows > int64_t(kTileRows) * device.multiprocessors ? 2 : 1;
     const int64_t budget = device.shared_bytes_per_block;
     if (l.row_tiles == 2 && fixed(2) + state(2) + tile_bytes * tiles / 2 > budget) l.row_tiles = 1;
