@@ -160,6 +160,24 @@ def test_low_precision_errs_at_most_twice_as_much_as_torch(cell, reset_after, dt
     assert_at_most_twice_torchs_error(draw() for _ in range(5))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_state_and_its_gradient_are_float32_between_steps(dtype):
+    # AGRU with n = 0 is h' = (1 - a) h. Rounded in every step, it would stand still at 1.
+    steps, score = 400, torch.finfo(dtype).eps / 8
+    weights = [torch.zeros(9, n, dtype=dtype) for n in (1, 3)]
+    hx = torch.ones(1, 3, dtype=dtype, requires_grad=True)
+    _, h_n = functional.attentional_gru(
+        torch.zeros(steps, 1, 1, dtype=dtype),
+        torch.full((steps, 1), score, dtype=dtype),
+        *weights,
+        hx=hx,
+        gate="replace",
+    )
+    (grad,) = torch.autograd.grad(h_n.sum(), [hx])
+    expected = torch.full_like(hx, (1 - score) ** steps)
+    assert_close([h_n, grad], [expected, expected], torch.finfo(dtype).eps)
+
+
 PARTIAL_VECTORS = range(17, 33)
 
 
