@@ -396,11 +396,25 @@ def test_the_operator_refuses_a_reversed_attentional_gru():
         torch.ops.dien_ops.gru(*arguments)
 
 
-def test_the_operator_refuses_lengths_of_another_dtype():
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda lengths: lengths.to(torch.int16), "lengths must be int32 or int64"),
+        (lambda lengths: torch.cat([lengths, lengths]), r"lengths must have shape \[3\], got \[6\]"),
+    ],
+)
+def test_the_operator_refuses_other_lengths(change, message):
     case = Case("paper")
-    lengths = case.options["lengths"].to(torch.int16)
-    with pytest.raises(RuntimeError, match="lengths must be int32 or int64"):
-        torch.ops.dien_ops.gru(*case.tensors, lengths, "paper", True, True, False, False, False)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dien_ops.gru(*case.tensors, change(case.options["lengths"]), "paper", True, True, False, False, False)
+
+
+def test_the_backward_refuses_gates_of_another_call():
+    case = Case("paper")
+    arguments = [*case.tensors, None]
+    output, h_n, gates = torch.ops.dien_ops.gru(*arguments, "paper", True, True, False, False, True)
+    with pytest.raises(RuntimeError, match=r"gates must have shape \[3, 1, 5, 15\], got \[3, 1, 5, 20\]"):
+        torch.ops.dien_ops.gru_backward(output, h_n, *arguments, output, gates, "paper", False, True, False, False)
 
 
 def test_backward_without_saved_gates_computes_them_again():
