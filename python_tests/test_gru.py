@@ -160,8 +160,9 @@ def test_low_precision_errs_at_most_twice_as_much_as_torch(cell, reset_after, dt
     assert_at_most_twice_torchs_error(draw() for _ in range(5))
 
 
+@RESETS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_state_and_its_gradient_are_float32_between_steps(dtype):
+def test_state_and_its_gradient_are_float32_between_steps(dtype, reset_after):
     # AGRU with n = 0 is h' = (1 - a) h. Rounded in every step, it would stand still at 1.
     steps, score = 400, torch.finfo(dtype).eps / 8
     weights = [torch.zeros(9, n, dtype=dtype) for n in (1, 3)]
@@ -172,6 +173,7 @@ def test_state_and_its_gradient_are_float32_between_steps(dtype):
         *weights,
         hx=hx,
         gate="replace",
+        reset_after=reset_after,
     )
     (grad,) = torch.autograd.grad(h_n.sum(), [hx])
     expected = torch.full_like(hx, (1 - score) ** steps)

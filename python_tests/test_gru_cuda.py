@@ -195,6 +195,13 @@ def test_lengths_of_large_batches_and_long_sequences(size):
     assert_close(case.results(functional), case.results(reference))
 
 
+@pytest.mark.parametrize("lengths", [True, False])
+def test_products_over_more_steps_than_a_block_takes(lengths):
+    # 91 steps of 91, or of about half as many; 64 in a block
+    case = Case("input", batch=13, steps=7, targets=2, lengths=lengths)
+    assert_close(case.results(functional), case.results(reference))
+
+
 # ----------------------------------------------------------------------------------------------------- all numbers
 
 
