@@ -8,6 +8,7 @@ test_host_executor.py.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -151,10 +152,11 @@ torch.cuda.synchronize()
     "dtype, numbers",
     [(torch.bfloat16, n) for n in (1, 2, 4, 8)] + [(torch.float32, n) for n in (1, 2, 4)] + [(torch.float64, n) for n in (1, 2)],
 )  # fmt: skip
-def test_numbers_move_alone_and_in_vectors(dtype, numbers, ops, order):
-    for count in (1, 63, 64, 65, 1000):
+def test_numbers_move_alone_and_in_vectors_all_or_where_a_condition_holds(dtype, numbers, ops, order):
+    for count, every in itertools.product((1, 63, 64, 65, 1000), (1, 2, 3)):
         x = torch.randn(count * numbers).to(dtype)
-        assert torch.equal(ops.move(x, numbers), x)
+        loaded = (torch.arange(count * numbers) // numbers) % every == 0
+        assert torch.equal(ops.move(x, numbers, every), torch.where(loaded, x, 0))
 
 
 @pytest.mark.parametrize("of_part", [True, False])

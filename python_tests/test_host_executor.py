@@ -397,8 +397,8 @@ def test_launches_from_several_threads_do_not_mix():
 
 def test_vectors_must_be_aligned():
     x = torch.randn(9)[1:]
-    assert says(report(primitives().move, x, 4)[1], ["misaligned: read 'in' 16 bytes at number "])
-    assert torch.equal(primitives().move(x, 1), x)
+    assert says(report(primitives().move, x, 4, 1)[1], ["misaligned: read 'in' 16 bytes at number "])
+    assert torch.equal(primitives().move(x, 1, 1), x)
 
 
 @pytest.mark.parametrize("of_part", [True, False])

@@ -21,13 +21,17 @@ DIEN_OPS_KERNEL(1024) void nothing_kernel() {}
 
 template <typename T, int kNumbers>
 DIEN_OPS_KERNEL(kElementThreads)
-void move_kernel(gmem<const T> in, gmem<T> out) {
+void move_kernel(gmem<const T> in, int64_t every, gmem<T> out) {
     using V = Pack<T, kNumbers>;
     Arena arena;
     const view<T> staged = arena.take<T>(kElementThreads * kNumbers, "staged");
     const int64_t i = (block_index() * block_threads() + thread_index()) * kNumbers;
     const int mine = thread_index() * kNumbers, other = (thread_index() ^ 1) * kNumbers;
-    if (i < in.n) staged.template st_as<V>(mine, in.template ld_as<V>(i));
+    if (every == 1) {
+        if (i < in.n) staged.template st_as<V>(mine, in.template ld_as<V>(i));
+    } else {
+        staged.template st_as<V>(mine, keep_whole(in.template ld_if<V>(i < in.n && i / kNumbers % every == 0, i)));
+    }
     sync_warp();
     const int64_t j = i - mine + other;
     if (j < in.n) out.template st_as<V>(j, staged.template ld_as<V>(other));
@@ -158,11 +162,11 @@ void nothing(int64_t x, int64_t y, int64_t z, int threads, int64_t shared_bytes,
 }
 
 template <typename T, int kNumbers>
-void move(const T* in, T* out, int64_t n, Stream stream) {
+void move(const T* in, int64_t every, T* out, int64_t n, Stream stream) {
     const int64_t of_block = kElementThreads * kNumbers;
     launch("move", move_kernel<T, kNumbers>,
            {.x = (n + of_block - 1) / of_block, .threads = kElementThreads, .shared_bytes = arena_bytes<T>(of_block)}, stream,
-           {in, n, "in"}, {out, n, "out"});
+           {in, n, "in"}, every, {out, n, "out"});
 }
 
 void part(const float* in, int64_t in_n, int64_t offset, int64_t n, bool of_part, float* out, Stream stream) {
@@ -221,16 +225,16 @@ void require_not_negative(const int64_t* in, int64_t n, Stream stream) {
            {.x = (n + kElementThreads - 1) / kElementThreads, .threads = kElementThreads}, stream, {in, n, "in"});
 }
 
-#define MOVES(T)                                             \
-    template void move<T, 1>(const T*, T*, int64_t, Stream); \
-    template void move<T, 2>(const T*, T*, int64_t, Stream); \
+#define MOVES(T)                                                      \
+    template void move<T, 1>(const T*, int64_t, T*, int64_t, Stream); \
+    template void move<T, 2>(const T*, int64_t, T*, int64_t, Stream); \
     template void copy_in_groups<T>(const T*, T*, int, Stream)
 MOVES(BFloat16);
 MOVES(float);
 MOVES(double);
-template void move<BFloat16, 4>(const BFloat16*, BFloat16*, int64_t, Stream);
-template void move<BFloat16, 8>(const BFloat16*, BFloat16*, int64_t, Stream);
-template void move<float, 4>(const float*, float*, int64_t, Stream);
+template void move<BFloat16, 4>(const BFloat16*, int64_t, BFloat16*, int64_t, Stream);
+template void move<BFloat16, 8>(const BFloat16*, int64_t, BFloat16*, int64_t, Stream);
+template void move<float, 4>(const float*, int64_t, float*, int64_t, Stream);
 template void shuffle<float>(const float*, float*, int, Stream);
 template void shuffle<double>(const double*, double*, int, Stream);
 template void shuffle<int>(const int*, int*, int, Stream);

@@ -17,9 +17,10 @@ void indices(int64_t x, int64_t y, int64_t z, int threads, int64_t* out, Stream 
 // Launches a kernel that does nothing.
 void nothing(int64_t x, int64_t y, int64_t z, int threads, int64_t shared_bytes, Stream stream);
 
-// out [n] = in [n], through shared memory, kNumbers at a time; up to 16 bytes of BFloat16, float or double.
+// out [n] = in [n], through shared memory, kNumbers at a time; up to 16 bytes of BFloat16, float or double. Of every `every`
+// times kNumbers the first are loaded, where that is not all with ld_if, and the others 0.
 template <typename T, int kNumbers>
-void move(const T* in, T* out, int64_t n, Stream stream);
+void move(const T* in, int64_t every, T* out, int64_t n, Stream stream);
 
 // out [n] = the numbers of in [in_n] from offset on, or nothing where in is null. of_part: the kernel gets this part, else it
 // makes it.

@@ -35,27 +35,27 @@ void launch_nothing(const Tensor& like, int64_t x, int64_t y, int64_t z, int64_t
 }
 
 template <typename T>
-void move_numbers(const T* in, T* out, int64_t n, int64_t numbers, test::Stream stream) {
+void move_numbers(const T* in, int64_t every, T* out, int64_t n, int64_t numbers, test::Stream stream) {
     check(n % numbers == 0, "x must hold a multiple of ", numbers, " numbers, got ", n);
-    if (numbers == 1) return test::move<T, 1>(in, out, n, stream);
-    if (numbers == 2) return test::move<T, 2>(in, out, n, stream);
+    if (numbers == 1) return test::move<T, 1>(in, every, out, n, stream);
+    if (numbers == 2) return test::move<T, 2>(in, every, out, n, stream);
     if constexpr (sizeof(T) <= 4) {
-        if (numbers == 4) return test::move<T, 4>(in, out, n, stream);
+        if (numbers == 4) return test::move<T, 4>(in, every, out, n, stream);
     }
     if constexpr (sizeof(T) == 2) {
-        if (numbers == 8) return test::move<T, 8>(in, out, n, stream);
+        if (numbers == 8) return test::move<T, 8>(in, every, out, n, stream);
     }
     check(false, "numbers must be a power of two of at most 16 bytes, got ", numbers);
 }
 
-Tensor move(const Tensor& x, int64_t numbers) {
+Tensor move(const Tensor& x, int64_t numbers, int64_t every) {
     const CudaDevice device(x);
     const Tensor in = dense(x, "x"), out = zeros(device, sizes_of(x), x.scalar_type());
     with_storage_type(x.scalar_type(), "x", [&]<typename T>(T) {
         if constexpr (std::is_same_v<T, Half>) {
             check(false, "x must not be float16");
         } else {
-            move_numbers(pointer<T>(in), mutable_pointer<T>(out), in.numel(), numbers, device.stream());
+            move_numbers(pointer<T>(in), every, mutable_pointer<T>(out), in.numel(), numbers, device.stream());
         }
     });
     return out;
@@ -171,7 +171,7 @@ void require_not_negative(const Tensor& x) {
 STABLE_TORCH_LIBRARY(dien_ops_test, m) {
     m.def("indices(Tensor like, int x, int y, int z, int threads) -> Tensor");
     m.def("launch_nothing(Tensor like, int x, int y, int z, int threads, int shared_bytes) -> ()");
-    m.def("move(Tensor x, int numbers) -> Tensor");
+    m.def("move(Tensor x, int numbers, int every) -> Tensor");
     m.def("part(Tensor like, Tensor? x, int x_numbers, int offset, int numbers, bool of_part) -> Tensor");
     m.def("copy_in_groups(Tensor x) -> Tensor");
     m.def("reverse(Tensor x) -> Tensor");
