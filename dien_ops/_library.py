@@ -99,6 +99,7 @@ def _capability(index: int) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
 
 
+@functools.cache
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     """Whether code for the architecture runs on a GPU: ``sm_*`` (machine code) from its own capability to the end of
     that generation, ``compute_*`` (PTX, which the driver compiles) on every later one too; with the suffix ``a`` on its

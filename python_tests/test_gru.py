@@ -460,51 +460,6 @@ def test_what_is_saved_behind_a_rows_length_is_never_read():
     assert gates.isnan().any()
 
 
-# --------------------------------------------------------------------------------------------------- torch's toolbox
-
-
-@pytest.mark.parametrize(
-    "cell, reset_after",
-    [({"gate": "none", "reverse": True}, True), ({"gate": "paper"}, False), ({"gate": "input", "targets": 4}, True)],
-)
-def test_opcheck(cell, reset_after):
-    case = Case(**cell, reset_after=reset_after, batch=2, steps=3)
-    case.options["lengths"].fill_(3)  # behind a length the saved gates are not written, and opcheck compares them
-    pytest.importorskip("expecttest", reason="torch.library.opcheck needs expecttest")
-    options = (cell["gate"], reset_after, True, cell.get("reverse", False), False)
-    arguments = (*case.tensors, case.options["lengths"])
-    torch.library.opcheck(torch.ops.dien_ops.gru.default, (*arguments, *options, True))
-    with torch.no_grad():
-        output, h_n, gates = torch.ops.dien_ops.gru(*arguments, *options, True)
-    grads = (torch.randn_like(output), torch.randn_like(h_n))
-    torch.library.opcheck(torch.ops.dien_ops.gru_backward.default, (*grads, *arguments, output, gates, *options))
-
-
-@pytest.mark.parametrize("gate", ["none", "paper"])
-def test_compile_without_a_graph_break_and_with_dynamic_sizes(gate):
-    compiled = torch.compile(lambda case: case(), fullgraph=True, dynamic=True, backend="aot_eager")
-    for batch, steps in [(3, 5), (4, 7), (2, 1)]:
-        case = Case(gate, batch=batch, steps=steps)
-        expected = case.results(functional)
-        outputs = compiled(lambda case=case: case.call(functional))
-        assert_close([*outputs, *gradients(outputs, case.tensors)], expected)
-
-
-def test_export_with_dynamic_batch_and_time():
-    module = dien_ops.AUGRU(3, 5, batch_first=True)
-    batch, steps = torch.export.Dim("batch", min=2), torch.export.Dim("steps", min=2)
-    exported = torch.export.export(
-        module,
-        (torch.randn(3, 4, 3), torch.rand(3, 4)),
-        kwargs={"lengths": torch.tensor([4, 0, 2])},
-        dynamic_shapes={
-            "input": {0: batch, 1: steps}, "attention": {0: batch, 1: steps}, "lengths": {0: batch},
-        },
-    )  # fmt: skip
-    x, a, lengths = torch.randn(6, 9, 3), torch.rand(6, 9), torch.tensor([9, 8, 0, 1, 5, 2])
-    assert_close(exported.module()(x, a, lengths=lengths), module(x, a, lengths=lengths), 0.0)
-
-
 # ------------------------------------------------------------------------------------------------------- bad input
 
 

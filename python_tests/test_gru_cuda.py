@@ -148,6 +148,14 @@ def test_info_knows_the_largest_size_that_stays_on_the_chip(dtype, tf32):
     assert set(dien_ops.info._residence(like, largest + 1)) != {1.0}
 
 
+@pytest.mark.parametrize(
+    "dtype, largest", [(torch.float32, 128), (torch.bfloat16, 176), (torch.float16, 176), (torch.float64, 86)], ids=str
+)
+def test_with_227_kib_the_largest_sizes_on_the_chip_are_those_that_the_readme_names(dtype, largest, set_executor, tf32):
+    set_executor(shared_bytes=227 * 1024)
+    assert dien_ops.info._largest_resident_size(torch.empty(0, dtype=dtype)) == largest
+
+
 def test_residence_is_that_of_a_gpu():
     with pytest.raises(RuntimeError, match="device must be a CUDA device, got cpu"):
         dien_ops.info.gru_residence(36, device="cpu")

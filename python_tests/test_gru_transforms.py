@@ -13,8 +13,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dien_ops
 from dien_ops import functional
-from helpers import assert_close, leaf, run_python
+from helpers import assert_close, gradients, leaf, run_python
+from test_gru import Case
 from test_gru_drop_in import DEEP, D, twins
+
+# --------------------------------------------------------------------------------------------------------- operators
+
+
+@pytest.mark.parametrize(
+    "cell, reset_after",
+    [({"gate": "none", "reverse": True}, True), ({"gate": "paper"}, False), ({"gate": "input", "targets": 4}, True)],
+)
+def test_opcheck(cell, reset_after):
+    case = Case(**cell, reset_after=reset_after, batch=2, steps=3)
+    case.options["lengths"].fill_(3)  # behind a length the saved gates are not written, and opcheck compares them
+    pytest.importorskip("expecttest", reason="torch.library.opcheck needs expecttest")
+    options = (cell["gate"], reset_after, True, cell.get("reverse", False), False)
+    arguments = (*case.tensors, case.options["lengths"])
+    torch.library.opcheck(torch.ops.dien_ops.gru.default, (*arguments, *options, True))
+    with torch.no_grad():
+        output, h_n, gates = torch.ops.dien_ops.gru(*arguments, *options, True)
+    grads = (torch.randn_like(output), torch.randn_like(h_n))
+    torch.library.opcheck(torch.ops.dien_ops.gru_backward.default, (*grads, *arguments, output, gates, *options))
+
 
 # ---------------------------------------------------------------------------------------------------------- torch.func
 
@@ -160,6 +181,16 @@ def test_vmap_over_any_of_the_arguments_is_a_loop(mapped, targets, batch_first):
 # -------------------------------------------------------------------------------------------------------------- graphs
 
 
+@pytest.mark.parametrize("gate", ["none", "paper"])
+def test_compile_without_a_graph_break_and_with_dynamic_sizes(gate):
+    compiled = torch.compile(lambda case: case(), fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, steps in [(3, 5), (4, 7), (2, 1)]:
+        case = Case(gate, batch=batch, steps=steps)
+        expected = case.results(functional)
+        outputs = compiled(lambda case=case: case.call(functional))
+        assert_close([*outputs, *gradients(outputs, case.tensors)], expected)
+
+
 @pytest.mark.parametrize("options", [{}, DEEP | {"dropout": 0.5}], ids=["one", "many"])
 def test_gru_compiles_to_one_graph_for_all_sizes(options):
     gru = dien_ops.GRU(3, 5, batch_first=True, dtype=D, **options).eval()
@@ -203,6 +234,21 @@ def exported(module: Evolution, strict: bool = False) -> torch.export.ExportedPr
     sizes = {0: torch.export.Dim("batch", min=2, max=4096), 1: torch.export.Dim("steps", min=2, max=4096)}
     _, inputs = evolution_and_inputs(3, 4)
     return torch.export.export(module, inputs, dynamic_shapes=(sizes, sizes, {0: sizes[0]}), strict=strict)
+
+
+def test_export_with_dynamic_batch_and_time():
+    module = dien_ops.AUGRU(3, 5, batch_first=True)
+    batch, steps = torch.export.Dim("batch", min=2), torch.export.Dim("steps", min=2)
+    exported = torch.export.export(
+        module,
+        (torch.randn(3, 4, 3), torch.rand(3, 4)),
+        kwargs={"lengths": torch.tensor([4, 0, 2])},
+        dynamic_shapes={
+            "input": {0: batch, 1: steps}, "attention": {0: batch, 1: steps}, "lengths": {0: batch},
+        },
+    )  # fmt: skip
+    x, a, lengths = torch.randn(6, 9, 3), torch.rand(6, 9), torch.tensor([9, 8, 0, 1, 5, 2])
+    assert_close(exported.module()(x, a, lengths=lengths), module(x, a, lengths=lengths), 0.0)
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])

@@ -26,10 +26,9 @@
 
 #include "common/gates.h"
 #include "common/number.h"
+#include "cuda/stream.h"
 
 namespace dien_ops::cuda {
-
-using Stream = void*;  // a cudaStream_t
 
 // Where a [.., T, ..] tensor's rows lie. The last axis is contiguous.
 struct Strides {

@@ -21,17 +21,19 @@ namespace dien_ops::cuda {
 namespace {
 
 template <typename S>
-struct BackwardParams {
-    using T = Compute<S>;
-    DevicePlan plan;
-    SweepLayout layout;
-    Gate gate;
-    Strides output_strides, attention_strides;
-    int64_t gates_size;
-    gmem<const S> attention, hx, output, gates, grad_output, grad_h_n, packed;
-    gmem<const T> projected;  // [E, 3, units]
+struct BackwardParams : SweepParams<S> {
+    gmem<const S> output, gates, grad_output, grad_h_n;
     gmem<S> grad_gates, grad_attention, grad_hx;
-    gmem<unsigned char> workspace;
+
+    BackwardParams(const GruBackward<S>& p, const SweepLayout& l)
+        : SweepParams<S>(p, l),
+          output(p.output, p.rows() * p.steps * p.hidden_size, "output"),
+          gates(p.gates, p.rows() * p.steps * p.gates_size(), "gates"),
+          grad_output(p.grad_output, p.rows() * p.steps * p.hidden_size, "grad_output"),
+          grad_h_n(p.grad_h_n, p.rows() * p.hidden_size, "grad_h_n"),
+          grad_gates(p.grad_gates, p.rows() * p.steps * p.gates_size(), "grad_gates"),
+          grad_attention(p.grad_attention, p.rows() * p.steps, "grad_attention"),
+          grad_hx(p.grad_hx, p.rows() * p.hidden_size, "grad_hx") {}
 };
 
 template <typename Math>
@@ -155,7 +157,7 @@ void backward_sweep(BackwardParams<typename Math::Storage> p) {
     // dh of the lane's units plus the product with the gates' gradients of tiles [begin, end).
     const auto add_product = [&](int s, int u, int begin, int end) {
         T d[kRowTiles][1][4] = {};
-        multiply_unit<Math>(d, grads, 0, weights, p.packed, l, u, 1, 0, begin, end);
+        multiply_unit<Math>(d, grads, weights, p.packed, l, u, 1, 0, begin, end);
         for_lane_rows<kRowTiles>([&](int m, int half, int row) {
             const int at = row * units + u * kTileColumns + tile_column();
             if (!valid(row, s)) return;
@@ -227,7 +229,7 @@ void backward_sweep(BackwardParams<typename Math::Storage> p) {
             sync_block();
             for (int u = warp_index(); u < l.unit_tiles; u += block_warps()) {
                 T d[kRowTiles][1][4] = {};  // of r h
-                multiply_unit<Math>(d, grads, 0, weights, p.packed, l, u, 1, 0, 2 * gate_tiles, l.tiles);
+                multiply_unit<Math>(d, grads, weights, p.packed, l, u, 1, 0, 2 * gate_tiles, l.tiles);
                 for_lane_rows<kRowTiles>([&](int m, int half, int row) {
                     const int at = row * units + u * kTileColumns + tile_column();
                     if (!valid(row, s)) return;
@@ -254,33 +256,7 @@ void backward_sweep(BackwardParams<typename Math::Storage> p) {
         }
     }
 
-    for (int i = thread_index(); i < kRows * hidden; i += block_threads()) {
-        const int row = i / hidden, unit = i % hidden;
-        if (rows.length.ld(row) >= 0) {
-            p.grad_hx.st(rows.index.ld(row) * hidden + unit, to_storage<S>(exact.ld(row * units + unit)));
-        }
-    }
-}
-
-template <typename S>
-BackwardParams<S> params(const GruBackward<S>& p, const SweepLayout& l) {
-    const int64_t H = p.hidden_size, rows = p.rows(), cells = rows * p.steps;
-    BackwardParams<S> k{DevicePlan(p), l, p.gate};
-    k.output_strides = p.output_strides, k.attention_strides = p.attention_strides;
-    k.gates_size = p.gates_size();
-    k.attention = {p.attention, cells, "attention"};
-    k.hx = {p.hx, rows * H, "hx"};
-    k.output = {p.output, cells * H, "output"};
-    k.gates = {p.gates, cells * p.gates_size(), "gates"};
-    k.grad_output = {p.grad_output, cells * H, "grad_output"};
-    k.grad_h_n = {p.grad_h_n, rows * H, "grad_h_n"};
-    k.packed = {p.packed, gru_packed_size(p), "packed weight_hh"};
-    k.projected = {p.projected, p.batch * p.steps * gru_projection_width(H), "projected"};
-    k.grad_gates = {p.grad_gates, cells * p.gates_size(), "grad_gates"};
-    k.grad_attention = {p.grad_attention, cells, "grad_attention"};
-    k.grad_hx = {p.grad_hx, rows * H, "grad_hx"};
-    k.workspace = {p.workspace, gru_backward_workspace(p), "workspace"};
-    return k;
+    store_exact(p.grad_hx, rows, kRows, exact, l);
 }
 
 }  // namespace
@@ -297,7 +273,7 @@ int64_t gru_backward_workspace(const GruProblem<S>& p) {
     int64_t bytes = 0;
     with_math<S>(p.tf32, [&](auto math) {
         const SweepLayout l = backward_layout<decltype(math)>(p.hidden_size, p.rows());
-        bytes = sweep_blocks(p, l) * l.workspace_bytes;
+        bytes = workspace_bytes(p, l);
     });
     return bytes;
 }
@@ -320,7 +296,7 @@ void gru_backward(Stream stream, const GruBackward<S>& p) {
             with_constant(p.reset_after, [&](auto reset_after) {
                 with_constant(paired, [&](auto in_pairs) {
                     launch("gru_backward", backward_sweep<Math, row_tiles(), state_shared(), reset_after(), in_pairs()>, grid,
-                           stream, params(p, l));
+                           stream, BackwardParams<S>(p, l));
                 });
             });
         });

@@ -16,18 +16,19 @@ namespace dien_ops::cuda {
 namespace {
 
 template <typename S>
-struct ForwardParams {
-    using T = Compute<S>;
-    DevicePlan plan;
-    SweepLayout layout;
-    Gate gate;
+struct ForwardParams : SweepParams<S> {
     bool paired;  // H is even, so that two units are one access
-    Strides output_strides, attention_strides;
-    int64_t gates_size;
-    gmem<const S> attention, hx, bias_ih, bias_hh, packed;
-    gmem<const T> projected;  // [E, 3, units]
+    gmem<const S> bias_ih, bias_hh;
     gmem<S> states, h_n, gates;
-    gmem<unsigned char> workspace;
+
+    ForwardParams(const GruForward<S>& p, const SweepLayout& l)
+        : SweepParams<S>(p, l),
+          paired(p.hidden_size % 2 == 0),
+          bias_ih(p.bias_ih, 3 * p.hidden_size, "bias_ih"),
+          bias_hh(p.bias_hh, 3 * p.hidden_size, "bias_hh"),
+          states(p.states, p.rows() * p.steps * p.hidden_size, "output"),
+          h_n(p.h_n, p.rows() * p.hidden_size, "h_n"),
+          gates(p.gates, p.rows() * p.steps * p.gates_size(), "gates") {}
 };
 
 // The forward's bytes, as its kernel takes them.
@@ -172,7 +173,7 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
                 const bool last = u + block_warps() >= l.unit_tiles;
                 now = fetch(last ? s + 1 : s, last ? warp_index() : u + block_warps(), 0, 3);
 
-                multiply_unit<Math>(d, from, 0, weights, p.packed, l, u, 3, 0, 0, l.tiles);
+                multiply_unit<Math>(d, from, weights, p.packed, l, u, 3, 0, 0, l.tiles);
 
                 const Pack<T, 2> b_hn = bias_of(kBiasHN, u);
                 for_lane_rows<kRowTiles>([&](int m, int half, int row) {
@@ -199,7 +200,7 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
             for (int u = warp_index(); u < l.unit_tiles; u += block_warps()) {
                 const Fetched x = fetch(s, u, 0, 2);
                 T d[kRowTiles][2][4] = {};
-                multiply_unit<Math>(d, state, 0, weights, p.packed, l, u, 3, 0, 0, l.tiles);
+                multiply_unit<Math>(d, state, weights, p.packed, l, u, 3, 0, 0, l.tiles);
                 const Pack<T, 2> b_r = bias_of(kBiasR, u), b_z = bias_of(kBiasZ, u);
                 const int unit = u * kTileColumns + tile_column();
                 for_lane_rows<kRowTiles>([&](int m, int half, int row) {
@@ -222,7 +223,7 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
             for (int u = warp_index(); u < l.unit_tiles; u += block_warps()) {
                 const Fetched x = fetch(s, u, 2, 1);
                 T d[kRowTiles][1][4] = {};
-                multiply_unit<Math>(d, other, 0, weights, p.packed, l, u, 3, 2, 0, l.tiles);
+                multiply_unit<Math>(d, other, weights, p.packed, l, u, 3, 2, 0, l.tiles);
                 const Pack<T, 2> b_n = bias_of(kBiasN, u), b_hn = bias_of(kBiasHN, u);
                 for_lane_rows<kRowTiles>([&](int m, int half, int row) {
                     if (!valid(row, s)) return;
@@ -242,32 +243,7 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
         }
     }
 
-    for (int i = thread_index(); i < kRows * hidden; i += block_threads()) {
-        const int row = i / hidden, unit = i % hidden;
-        if (rows.length.ld(row) >= 0) {
-            p.h_n.st(rows.index.ld(row) * hidden + unit, to_storage<S>(exact.ld(row * units + unit)));
-        }
-    }
-}
-
-template <typename S>
-ForwardParams<S> params(const GruForward<S>& p, const SweepLayout& l) {
-    const int64_t H = p.hidden_size, rows = p.rows(), cells = rows * p.steps;
-    ForwardParams<S> k{DevicePlan(p), l, p.gate};
-    k.paired = H % 2 == 0;
-    k.output_strides = p.output_strides, k.attention_strides = p.attention_strides;
-    k.gates_size = p.gates_size();
-    k.attention = {p.attention, cells, "attention"};
-    k.hx = {p.hx, rows * H, "hx"};
-    k.bias_ih = {p.bias_ih, 3 * H, "bias_ih"};
-    k.bias_hh = {p.bias_hh, 3 * H, "bias_hh"};
-    k.packed = {p.packed, gru_packed_size(p), "packed weight_hh"};
-    k.projected = {p.projected, p.batch * p.steps * gru_projection_width(H), "projected"};
-    k.states = {p.states, cells * H, "output"};
-    k.h_n = {p.h_n, rows * H, "h_n"};
-    k.gates = {p.gates, cells * p.gates_size(), "gates"};
-    k.workspace = {p.workspace, gru_forward_workspace(p), "workspace"};
-    return k;
+    store_exact(p.h_n, rows, kRows, exact, l);
 }
 
 }  // namespace
@@ -285,7 +261,7 @@ int64_t gru_forward_workspace(const GruProblem<S>& p) {
     int64_t bytes = 0;
     with_math<S>(p.tf32, [&](auto math) {
         const SweepLayout l = forward_layout<decltype(math)>(p.hidden_size, p.rows(), p.reset_after);
-        bytes = sweep_blocks(p, l) * l.workspace_bytes;
+        bytes = workspace_bytes(p, l);
     });
     return bytes;
 }
@@ -303,7 +279,7 @@ void gru_forward(Stream stream, const GruForward<S>& p) {
         with_layout<Math>(l, [&](auto row_tiles, auto state_shared) {
             with_constant(p.reset_after, [&](auto reset_after) {
                 launch("gru_forward", forward_sweep<Math, row_tiles(), state_shared(), reset_after()>, grid, stream,
-                       params(p, l));
+                       ForwardParams<S>(p, l));
             });
         });
     });

@@ -50,7 +50,7 @@ struct DevicePlan {
     DIEN_OPS_DEVICE int64_t place(int64_t i) const { return step ? step.ld(i) : i; }
 };
 
-// The weights that stay on the chip, and sizes that follow from H. Numbers, not bytes.
+// The weights that stay on the chip, and sizes that follow from H, in numbers where no name says bytes.
 struct SweepLayout {
     int hidden, units;      // H, and H in whole column tiles
     int unit_tiles, warps;  // column tiles, and warps that share them
@@ -157,14 +157,13 @@ DIEN_OPS_DEVICE void load_resident(const view<typename Math::Operand>& to, const
 // d += A B over tiles [begin, end) of k of one unit tile's columns first..first + kColumns - 1 (of per_tile), from wherever
 // they are.
 template <typename Math, int kRowTiles, int kColumns, typename Memory>
-DIEN_OPS_DEVICE void multiply_unit(Accumulator<Math> (&d)[kRowTiles][kColumns][4], const Memory& state, int state_first,
+DIEN_OPS_DEVICE void multiply_unit(Accumulator<Math> (&d)[kRowTiles][kColumns][4], const Memory& state,
                                    const view<typename Math::Operand>& resident,
                                    const gmem<const typename Math::Operand>& packed, const SweepLayout& l, int unit_tile,
                                    int per_tile, int first, int begin, int end) {
     const int on_chip = end < l.resident ? end : l.resident;
-    multiply_tiles<Math>(d, state, state_first, l.stride, resident, unit_tile * l.resident * per_tile + first, per_tile, begin,
-                         on_chip);
-    multiply_tiles<Math>(d, state, state_first, l.stride, packed, int64_t(unit_tile) * l.tiles * per_tile + first, per_tile,
+    multiply_tiles<Math>(d, state, 0, l.stride, resident, unit_tile * l.resident * per_tile + first, per_tile, begin, on_chip);
+    multiply_tiles<Math>(d, state, 0, l.stride, packed, int64_t(unit_tile) * l.tiles * per_tile + first, per_tile,
                          begin > on_chip ? begin : on_chip, end);
 }
 
@@ -223,6 +222,54 @@ SweepLayout sweep_layout(int64_t hidden, int64_t rows, int tiles, int64_t tile_b
     return l;
 }
 
+template <typename S>
+int64_t sweep_blocks(const GruProblem<S>& p, const SweepLayout& l) {
+    return divide_up<int64_t>(p.rows(), l.row_tiles * kTileRows);
+}
+
+template <typename S>
+int64_t workspace_bytes(const GruProblem<S>& p, const SweepLayout& l) {
+    return sweep_blocks(p, l) * l.workspace_bytes;
+}
+
+// What both kernels are given.
+template <typename S>
+struct SweepParams {
+    DevicePlan plan;
+    SweepLayout layout;
+    Gate gate;
+    Strides output_strides, attention_strides;
+    int64_t gates_size;
+    gmem<const S> attention, hx, packed;
+    gmem<const Compute<S>> projected;  // [E, 3, units]
+    gmem<unsigned char> workspace;
+
+    template <typename Sweep>  // GruForward or GruBackward
+    SweepParams(const Sweep& p, const SweepLayout& l)
+        : plan(p),
+          layout(l),
+          gate(p.gate),
+          output_strides(p.output_strides),
+          attention_strides(p.attention_strides),
+          gates_size(p.gates_size()),
+          attention(p.attention, p.rows() * p.steps, "attention"),
+          hx(p.hx, p.rows() * p.hidden_size, "hx"),
+          packed(p.packed, gru_packed_size<S>(p), "packed weight_hh"),
+          projected(p.projected, p.batch * p.steps * gru_projection_width(p.hidden_size), "projected"),
+          workspace(p.workspace, workspace_bytes(p, l), "workspace") {}
+};
+
+// to [rows, H] = the rows' exact state, after the last step.
+template <typename S, typename Memory>
+DIEN_OPS_DEVICE void store_exact(const gmem<S>& to, const TileRows& rows, int tile_rows, const Memory& exact,
+                                 const SweepLayout& l) {
+    for (int i = thread_index(); i < tile_rows * l.hidden; i += block_threads()) {
+        const int row = i / l.hidden, unit = i % l.hidden;
+        if (rows.length.ld(row) < 0) continue;
+        to.st(rows.index.ld(row) * l.hidden + unit, to_storage<S>(exact.ld(row * l.units + unit)));
+    }
+}
+
 // Calls f(row_tiles, state_shared) with the layout's as constants.
 template <typename Math, typename F>
 void with_layout(const SweepLayout& l, F&& f) {
@@ -241,11 +288,6 @@ void with_constant(bool condition, F&& f) {
 
 inline GruResidence residence_of(const SweepLayout& l) {
     return {l.tiles == 0 ? 1.0 : double(l.resident) / l.tiles, l.state_shared};
-}
-
-template <typename S>
-int64_t sweep_blocks(const GruProblem<S>& p, const SweepLayout& l) {
-    return divide_up<int64_t>(p.rows(), l.row_tiles * kTileRows);
 }
 
 }  // namespace dien_ops::cuda

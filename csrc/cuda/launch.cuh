@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cuda/primitives.cuh"
+#include "cuda/stream.h"
 
 #ifdef DIEN_OPS_HOST_EXECUTOR
 #include "cuda/host/executor.h"
@@ -24,8 +25,6 @@ struct Grid {
     int threads;                  // of a block, a multiple of 32
     int64_t shared_bytes = 0;     // of a block: the sum of arena_bytes of what its Arena takes
 };
-
-using Stream = void*;  // a cudaStream_t
 
 struct DeviceLimits {
     int multiprocessors;

@@ -6,12 +6,37 @@
 #include "ops/tensor.h"
 
 #ifdef DIEN_OPS_HOST_EXECUTOR
+
 #define DIEN_OPS_CUDA_KEY CPU
+
+namespace dien_ops::ops {
+
+struct DeviceGuard {
+    explicit DeviceGuard(int32_t) {}
+};
+
+inline void* current_stream(int32_t) { return nullptr; }
+
+}  // namespace dien_ops::ops
+
 #else
-#define DIEN_OPS_CUDA_KEY CUDA
+
 #include <torch/csrc/stable/accelerator.h>
-// libtorch_cuda's; declared here because torch's own header does so only where CUDA's headers are.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+#define DIEN_OPS_CUDA_KEY CUDA
+
+namespace dien_ops::ops {
+
+using torch::stable::accelerator::DeviceGuard;
+
+inline void* current_stream(int32_t device) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    return stream;
+}
+
+}  // namespace dien_ops::ops
+
 #endif
 
 namespace dien_ops::ops {
@@ -19,16 +44,7 @@ namespace dien_ops::ops {
 class CudaDevice {
   public:
     explicit CudaDevice(const Tensor& like)
-        : device_(like.device())
-#ifndef DIEN_OPS_HOST_EXECUTOR
-          ,
-          guard_(like.get_device_index())
-#endif
-    {
-#ifndef DIEN_OPS_HOST_EXECUTOR
-        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
-#endif
-    }
+        : device_(like.device()), guard_(like.get_device_index()), stream_(current_stream(like.get_device_index())) {}
 
     void* stream() const { return stream_; }
     Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) const {
@@ -37,10 +53,8 @@ class CudaDevice {
 
   private:
     torch::stable::Device device_;
-#ifndef DIEN_OPS_HOST_EXECUTOR
-    torch::stable::accelerator::DeviceGuard guard_;
-#endif
-    void* stream_ = nullptr;
+    DeviceGuard guard_;
+    void* stream_;
 };
 
 }  // namespace dien_ops::ops

@@ -143,11 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
     const Tensor dense_output = checked(output, "output", a.output_sizes(), a.dtype);
     const Tensor dense_gates = checked(gates, "gates", a.gates_sizes(), a.dtype);
 
-    const std::vector<int64_t> none = {0};
-    const Tensor grad_input = empty(sizes_of(a.input), a.dtype), grad_hx = empty(a.state_sizes(), a.dtype);
-    const Tensor grad_attention = empty(attention.has_value() ? a.attention_sizes() : none, a.dtype);
-    const Tensor grad_weight_ih = empty({3 * a.H, a.I}, a.dtype), grad_weight_hh = empty({3 * a.H, a.H}, a.dtype);
-    const Tensor grad_bias_ih = empty({3 * a.H}, a.dtype), grad_bias_hh = empty({3 * a.H}, a.dtype);
+    const GruGradients grads(a, [&](const std::vector<int64_t>& sizes) { return empty(sizes, a.dtype); });
     with_storage_type(a.dtype, "input", [&](auto zero) {
         using S = decltype(zero);
         using T = Compute<S>;
@@ -156,13 +152,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
         p.gates = pointer<S>(dense_gates);
         p.grad_output = pointer<S>(dense_grad_output);
         p.grad_h_n = pointer<S>(dense_grad_h_n);
-        p.grad_input = mutable_pointer<S>(grad_input);
-        p.grad_attention = attention.has_value() ? mutable_pointer<S>(grad_attention) : nullptr;
-        p.grad_hx = mutable_pointer<S>(grad_hx);
-        p.grad_weight_ih = mutable_pointer<S>(grad_weight_ih);
-        p.grad_weight_hh = mutable_pointer<S>(grad_weight_hh);
-        p.grad_bias_ih = mutable_pointer<S>(grad_bias_ih);
-        p.grad_bias_hh = mutable_pointer<S>(grad_bias_hh);
+        p.grad_input = mutable_pointer<S>(grads.input);
+        p.grad_attention = attention.has_value() ? mutable_pointer<S>(grads.attention) : nullptr;
+        p.grad_hx = mutable_pointer<S>(grads.hx);
+        p.grad_weight_ih = mutable_pointer<S>(grads.weight_ih);
+        p.grad_weight_hh = mutable_pointer<S>(grads.weight_hh);
+        p.grad_bias_ih = mutable_pointer<S>(grads.bias_ih);
+        p.grad_bias_hh = mutable_pointer<S>(grads.bias_hh);
         p.tile_rows = backward_tile_rows(p.rows());
         cpu::with_capability([&](auto target) {
             const int64_t sums_size = cpu::gru_backward_sums_size<target()>(p);
@@ -191,14 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
             parallel_ranges(a.I + a.H, [&](int64_t begin, int64_t end) { cpu::gru_backward_weights<target()>(p, begin, end); });
         });
     });
-    const Tensor absent = empty(none, a.dtype);
-    return {grad_input,
-            grad_attention,
-            hx.has_value() ? grad_hx : absent,
-            grad_weight_ih,
-            grad_weight_hh,
-            bias_ih.has_value() ? grad_bias_ih : absent,
-            bias_hh.has_value() ? grad_bias_hh : absent};
+    return grads.of(a);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/gates.h"
@@ -75,14 +76,44 @@ inline GruArguments read_gru_arguments(const Tensor& input, const OptionalTensor
     a.H = weight_hh.size(1);
     a.several = attention.has_value() && attention->dim() == 3;
     a.C = a.several ? attention->size(batch_first ? 1 : 2) : 1;
-    a.input = checked(input, "input", sizes_of(input), a.dtype, input);
-    a.attention = checked(attention, "attention", a.attention_sizes(), a.dtype, input);
-    a.hx = checked(hx, "hx", a.state_sizes(), a.dtype, input);
-    a.weight_ih = checked(weight_ih, "weight_ih", {3 * a.H, a.I}, a.dtype, input);
-    a.weight_hh = checked(weight_hh, "weight_hh", {3 * a.H, a.H}, a.dtype, input);
-    a.bias_ih = checked(bias_ih, "bias_ih", {3 * a.H}, a.dtype, input);
-    a.bias_hh = checked(bias_hh, "bias_hh", {3 * a.H}, a.dtype, input);
+    a.input = checked(input, "input", sizes_of(input), a.dtype, input.device());
+    a.attention = checked(attention, "attention", a.attention_sizes(), a.dtype, input.device());
+    a.hx = checked(hx, "hx", a.state_sizes(), a.dtype, input.device());
+    a.weight_ih = checked(weight_ih, "weight_ih", {3 * a.H, a.I}, a.dtype, input.device());
+    a.weight_hh = checked(weight_hh, "weight_hh", {3 * a.H, a.H}, a.dtype, input.device());
+    a.bias_ih = checked(bias_ih, "bias_ih", {3 * a.H}, a.dtype, input.device());
+    a.bias_hh = checked(bias_hh, "bias_hh", {3 * a.H}, a.dtype, input.device());
     return a;
 }
+
+// The backward's results: all of them are written, and those of arguments that were left out are not handed on.
+struct GruGradients {
+    Tensor input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh;
+
+    // empty(sizes) allocates.
+    template <typename Empty>
+    GruGradients(const GruArguments& a, const Empty& empty)
+        : input(empty(sizes_of(a.input))),
+          attention(empty(a.attention.has_value() ? a.attention_sizes() : std::vector<int64_t>{0})),
+          hx(empty(a.state_sizes())),
+          weight_ih(empty({3 * a.H, a.I})),
+          weight_hh(empty({3 * a.H, a.H})),
+          bias_ih(empty({3 * a.H})),
+          bias_hh(empty({3 * a.H})),
+          absent_(empty({0})) {}
+
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> of(const GruArguments& a) const {
+        return {input,
+                attention,
+                a.hx.has_value() ? hx : absent_,
+                weight_ih,
+                weight_hh,
+                a.bias_ih.has_value() ? bias_ih : absent_,
+                a.bias_hh.has_value() ? bias_hh : absent_};
+    }
+
+  private:
+    Tensor absent_;
+};
 
 }  // namespace dien_ops::ops

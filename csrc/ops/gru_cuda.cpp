@@ -43,7 +43,7 @@ Plan make_plan(const CudaDevice& device, const OptionalTensor& lengths, const Te
     if (!lengths.has_value()) return plan;
     check(lengths->scalar_type() == ScalarType::Int || lengths->scalar_type() == ScalarType::Long,
           "lengths must be int32 or int64");
-    const Tensor dense = checked(*lengths, "lengths", {batch}, lengths->scalar_type(), input);
+    const Tensor dense = checked(*lengths, "lengths", {batch}, lengths->scalar_type(), input.device());
     if (batch == 0) return plan;
     plan.lengths = device.empty({batch}, ScalarType::Long);
     plan.first = device.empty({batch}, ScalarType::Long);
@@ -123,19 +123,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
     const std::string& gate, bool reset_after, bool batch_first, bool reverse, bool allow_tf32) {
     const GruArguments a = read_gru_arguments(input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh, gate, reset_after,
                                               batch_first, reverse);
-    const OptionalTensor dense_grad_output = checked(grad_output, "grad_output", a.output_sizes(), a.dtype, input);
-    const OptionalTensor dense_grad_h_n = checked(grad_h_n, "grad_h_n", a.state_sizes(), a.dtype, input);
-    const Tensor dense_output = checked(output, "output", a.output_sizes(), a.dtype, input);
-    const Tensor dense_gates = checked(gates, "gates", a.gates_sizes(), a.dtype, input);
+    const OptionalTensor dense_grad_output = checked(grad_output, "grad_output", a.output_sizes(), a.dtype, input.device());
+    const OptionalTensor dense_grad_h_n = checked(grad_h_n, "grad_h_n", a.state_sizes(), a.dtype, input.device());
+    const Tensor dense_output = checked(output, "output", a.output_sizes(), a.dtype, input.device());
+    const Tensor dense_gates = checked(gates, "gates", a.gates_sizes(), a.dtype, input.device());
 
     const CudaDevice device(input);
     const Plan plan = make_plan(device, lengths, input, a.B, a.T);
     const auto empty = [&](const std::vector<int64_t>& sizes) { return device.empty(sizes, a.dtype); };
-    const std::vector<int64_t> none = {0};
-    const Tensor grad_input = empty(sizes_of(a.input)), grad_hx = empty(a.state_sizes());
-    const Tensor grad_attention = empty(attention.has_value() ? a.attention_sizes() : none);
-    const Tensor grad_weight_ih = empty({3 * a.H, a.I}), grad_weight_hh = empty({3 * a.H, a.H});
-    const Tensor grad_bias_ih = empty({3 * a.H}), grad_bias_hh = empty({3 * a.H});
+    const GruGradients grads(a, empty);
     with_storage_type(a.dtype, "input", [&](auto zero) {
         using S = decltype(zero);
         using T = Compute<S>;
@@ -144,8 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
         p.gates = pointer<S>(dense_gates);
         p.grad_output = pointer<S>(dense_grad_output);
         p.grad_h_n = pointer<S>(dense_grad_h_n);
-        p.grad_attention = attention.has_value() ? mutable_pointer<S>(grad_attention) : nullptr;
-        p.grad_hx = mutable_pointer<S>(grad_hx);
+        p.grad_attention = attention.has_value() ? mutable_pointer<S>(grads.attention) : nullptr;
+        p.grad_hx = mutable_pointer<S>(grads.hx);
 
         const Tensor packed = empty({cuda::gru_packed_size<S>(p)});
         const Tensor workspace = device.empty({cuda::gru_backward_workspace<S>(p)}, ScalarType::Byte);
@@ -166,29 +162,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
             cuda::gru_target_sums(device.stream(), p, p.grad_gates, mutable_pointer<S>(sums));
             g.of_projection = pointer<S>(sums);
         }
-        cuda::gru_input_gradient(device.stream(), p, p.grad_gates, g.of_projection, p.packed, mutable_pointer<S>(grad_input));
+        cuda::gru_input_gradient(device.stream(), p, p.grad_gates, g.of_projection, p.packed, mutable_pointer<S>(grads.input));
         const Tensor partial = device.empty({cuda::gru_weight_gradients_partial<S>(p)}, a.compute_dtype());
         g.gates = p.gates;
         g.grad_gates = p.grad_gates;
         g.partial = mutable_pointer<T>(partial);
-        g.grad_weight_ih = mutable_pointer<S>(grad_weight_ih);
-        g.grad_weight_hh = mutable_pointer<S>(grad_weight_hh);
-        g.grad_bias_ih = mutable_pointer<S>(grad_bias_ih);
-        g.grad_bias_hh = mutable_pointer<S>(grad_bias_hh);
+        g.grad_weight_ih = mutable_pointer<S>(grads.weight_ih);
+        g.grad_weight_hh = mutable_pointer<S>(grads.weight_hh);
+        g.grad_bias_ih = mutable_pointer<S>(grads.bias_ih);
+        g.grad_bias_hh = mutable_pointer<S>(grads.bias_hh);
         cuda::gru_weight_gradients(device.stream(), p, g);
-        cuda::gru_clear_padding(device.stream(), p.plan, a.B, 1, a.T, mutable_pointer<S>(grad_input), p.input_strides, a.I);
+        cuda::gru_clear_padding(device.stream(), p.plan, a.B, 1, a.T, mutable_pointer<S>(grads.input), p.input_strides, a.I);
         if (p.grad_attention) {
             cuda::gru_clear_padding(device.stream(), p.plan, a.B, a.C, a.T, p.grad_attention, p.attention_strides, 1);
         }
     });
-    const Tensor absent = empty(none);
-    return {grad_input,
-            grad_attention,
-            hx.has_value() ? grad_hx : absent,
-            grad_weight_ih,
-            grad_weight_hh,
-            bias_ih.has_value() ? grad_bias_ih : absent,
-            bias_hh.has_value() ? grad_bias_hh : absent};
+    return grads.of(a);
 }
 
 std::tuple<double, bool, double, bool> gru_residence(const Tensor& like, int64_t hidden_size, bool reset_after,

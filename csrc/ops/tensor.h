@@ -2,6 +2,7 @@
 // What every torch-facing file needs: checks that say what came, allocation, raw pointers, threads. LibTorch stable ABI only.
 #pragma once
 
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -25,6 +26,7 @@
 namespace dien_ops::ops {
 
 using torch::headeronly::ScalarType;
+using torch::stable::Device;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
@@ -50,31 +52,18 @@ inline void check_sizes(const Tensor& t, const char* argument, const std::vector
     check(got == expected, argument, " must have shape ", to_string(expected), ", got ", to_string(got));
 }
 
-// t, contiguous, of the given type and on the device of `like`; its shape is checked first.
+// t, contiguous, of the given type and on the device; its shape is checked first.
 inline Tensor checked(const Tensor& t, const char* argument, const std::vector<int64_t>& expected, ScalarType dtype,
-                      const Tensor& like) {
+                      const Device& device = torch::headeronly::DeviceType::CPU) {
     check_sizes(t, argument, expected);
-    check(t.device() == like.device(), argument, " must be on the device of the other arguments");
+    check(t.device() == device, argument, " must be on the device of the other arguments");
     check(t.scalar_type() == dtype, argument, " must have the dtype of the other arguments");
     return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 inline OptionalTensor checked(const OptionalTensor& t, const char* argument, const std::vector<int64_t>& expected,
-                              ScalarType dtype, const Tensor& like) {
-    return t.has_value() ? OptionalTensor(checked(*t, argument, expected, dtype, like)) : std::nullopt;
-}
-
-// t, as a contiguous CPU tensor of the given type; its shape is checked first.
-inline Tensor checked(const Tensor& t, const char* argument, const std::vector<int64_t>& expected, ScalarType dtype) {
-    check_sizes(t, argument, expected);
-    check(t.is_cpu(), argument, " must be on the CPU as the other arguments are");
-    check(t.scalar_type() == dtype, argument, " must have the dtype of the other arguments");
-    return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-inline OptionalTensor checked(const OptionalTensor& t, const char* argument, const std::vector<int64_t>& expected,
-                              ScalarType dtype) {
-    return t.has_value() ? OptionalTensor(checked(*t, argument, expected, dtype)) : std::nullopt;
+                              ScalarType dtype, const Device& device = torch::headeronly::DeviceType::CPU) {
+    return t.has_value() ? OptionalTensor(checked(*t, argument, expected, dtype, device)) : std::nullopt;
 }
 
 // Memory that comes fresh from the system faults on the first write to each page; pages of 2 MiB spare a large result most of

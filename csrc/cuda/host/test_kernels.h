@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace dien_ops::cuda::test {
+#include "cuda/stream.h"
 
-using Stream = void*;
+namespace dien_ops::cuda::test {
 
 // What is wrong with the recurrent kernel: each is a mistake of the kind that a GPU may or may not show.
 enum class Bug {

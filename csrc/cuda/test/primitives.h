@@ -6,10 +6,9 @@
 #include <cstdint>
 
 #include "common/number.h"
+#include "cuda/stream.h"
 
 namespace dien_ops::cuda::test {
-
-using Stream = void*;
 
 // out [z, y, x, threads, 8]: each thread's indices, in the order that primitives.cuh declares them without grid_blocks().
 void indices(int64_t x, int64_t y, int64_t z, int threads, int64_t* out, Stream stream);

@@ -21,7 +21,7 @@ Tensor zeros(const CudaDevice& device, const std::vector<int64_t>& sizes, Scalar
     return t;
 }
 
-Tensor dense(const Tensor& t, const char* argument) { return checked(t, argument, sizes_of(t), t.scalar_type(), t); }
+Tensor dense(const Tensor& t, const char* argument) { return checked(t, argument, sizes_of(t), t.scalar_type(), t.device()); }
 
 Tensor indices(const Tensor& like, int64_t x, int64_t y, int64_t z, int64_t threads) {
     const CudaDevice device(like);
@@ -35,7 +35,7 @@ void launch_nothing(const Tensor& like, int64_t x, int64_t y, int64_t z, int64_t
 }
 
 template <typename T>
-void move_numbers(const T* in, int64_t every, T* out, int64_t n, int64_t numbers, test::Stream stream) {
+void move_numbers(const T* in, int64_t every, T* out, int64_t n, int64_t numbers, cuda::Stream stream) {
     check(n % numbers == 0, "x must hold a multiple of ", numbers, " numbers, got ", n);
     if (numbers == 1) return test::move<T, 1>(in, every, out, n, stream);
     if (numbers == 2) return test::move<T, 2>(in, every, out, n, stream);
@@ -63,7 +63,7 @@ Tensor move(const Tensor& x, int64_t numbers, int64_t every) {
 
 Tensor part(const Tensor& like, const OptionalTensor& x, int64_t x_numbers, int64_t offset, int64_t numbers, bool of_part) {
     const CudaDevice device(like);
-    const OptionalTensor in = checked(x, "x", {x_numbers}, ScalarType::Float, like);
+    const OptionalTensor in = checked(x, "x", {x_numbers}, ScalarType::Float, like.device());
     const Tensor out = zeros(device, {std::max<int64_t>(numbers, 0)}, ScalarType::Float);
     test::part(pointer<float>(in), x_numbers, offset, numbers, of_part, mutable_pointer<float>(out), device.stream());
     return out;
@@ -81,7 +81,7 @@ Tensor copy_in_groups(const Tensor& x) {
 Tensor reverse(const Tensor& x) {
     const int64_t blocks = x.size(0), threads = x.size(1) / 4;
     const CudaDevice device(x);
-    const Tensor in = checked(x, "x", {blocks, 4 * threads}, ScalarType::Float, x);
+    const Tensor in = checked(x, "x", {blocks, 4 * threads}, ScalarType::Float, x.device());
     const Tensor out = zeros(device, sizes_of(x), ScalarType::Float);
     test::reverse(pointer<float>(in), mutable_pointer<float>(out), blocks, static_cast<int>(threads), device.stream());
     return out;
@@ -89,7 +89,7 @@ Tensor reverse(const Tensor& x) {
 
 Tensor shuffle(const Tensor& x, int64_t lane_mask) {
     const CudaDevice device(x);
-    const Tensor in = checked(x, "x", {32}, x.scalar_type(), x), out = zeros(device, {32}, x.scalar_type());
+    const Tensor in = checked(x, "x", {32}, x.scalar_type(), x.device()), out = zeros(device, {32}, x.scalar_type());
     const auto run = [&]<typename T>(T) {
         test::shuffle(pointer<T>(in), mutable_pointer<T>(out), static_cast<int>(lane_mask), device.stream());
     };
@@ -107,8 +107,9 @@ Tensor mma(const Tensor& a, const Tensor& b, const Tensor& d) {
     const CudaDevice device(a);
     const ScalarType dtype = a.scalar_type();
     const int64_t depth = dtype == ScalarType::Float ? 8 : 16;
-    const Tensor dense_a = checked(a, "a", {16, depth}, dtype, a), dense_b = checked(b, "b", {depth, 8}, dtype, a);
-    const Tensor sums = torch::stable::clone(checked(d, "d", {16, 8}, ScalarType::Float, a));
+    const Tensor dense_a = checked(a, "a", {16, depth}, dtype, a.device()),
+                 dense_b = checked(b, "b", {depth, 8}, dtype, a.device());
+    const Tensor sums = torch::stable::clone(checked(d, "d", {16, 8}, ScalarType::Float, a.device()));
     with_storage_type(dtype, "a", [&]<typename T>(T) {
         if constexpr (std::is_same_v<T, double>) {
             check(false, "a must not be float64");
@@ -129,7 +130,7 @@ Tensor apply(const std::string& function, const Tensor& x, const OptionalTensor&
     check(found != functions.end(), "there is no function ", function);
     const CudaDevice device(x);
     const Tensor in = dense(x, "x"), out = zeros(device, sizes_of(x), x.scalar_type());
-    const OptionalTensor in2 = checked(x2, "x2", sizes_of(x), x.scalar_type(), x);
+    const OptionalTensor in2 = checked(x2, "x2", sizes_of(x), x.scalar_type(), x.device());
     with_floating_type(x.scalar_type(), "x", [&]<typename T>(T) {
         test::apply(found->second, pointer<T>(in), pointer<T>(in2), mutable_pointer<T>(out), in.numel(), device.stream());
     });
@@ -153,7 +154,7 @@ Tensor to_compute(const Tensor& x) {
 
 Tensor to_storage(const Tensor& x, bool to_bfloat16) {
     const CudaDevice device(x);
-    const Tensor in = checked(x, "x", sizes_of(x), ScalarType::Float, x);
+    const Tensor in = checked(x, "x", sizes_of(x), ScalarType::Float, x.device());
     const Tensor out = zeros(device, sizes_of(x), to_bfloat16 ? ScalarType::BFloat16 : ScalarType::Half);
     with_16_bits(to_bfloat16, [&]<typename S>(S) {
         test::to_storage(pointer<float>(in), mutable_pointer<S>(out), in.numel(), device.stream());
@@ -162,7 +163,7 @@ Tensor to_storage(const Tensor& x, bool to_bfloat16) {
 }
 
 void require_not_negative(const Tensor& x) {
-    const Tensor in = checked(x, "x", sizes_of(x), ScalarType::Long, x);
+    const Tensor in = checked(x, "x", sizes_of(x), ScalarType::Long, x.device());
     test::require_not_negative(pointer<int64_t>(in), in.numel(), CudaDevice(x).stream());
 }
 
