@@ -51,7 +51,7 @@ test-cuda-host: $(VENV)/dien_ops  ## the CUDA kernels' tests without a GPU: the 
 	$(BIN)/python -m pytest --host-executor $(call host_executor,OFF) $(HOST_EXECUTOR_TESTS) $(PYTEST)
 
 cuda-report: $(VENV)/dien_ops  ## registers, stack and spills of the CUDA kernels; fails where one spills
-	$(BIN)/cmake --build build/$$($(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)')-sanitize0 --target dien_ops_cuda_test
+	DIEN_OPS_TARGETS="all dien_ops_cuda_test" $(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python .ci/cuda_report.py
 
 # The rivals are in the extra `bench`; the native libraries are built already.

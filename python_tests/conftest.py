@@ -48,9 +48,8 @@ def _set_executor(config, order=None, seed=None, check=True, multiprocessors=4, 
 
 def pytest_configure(config):
     if config.getoption("--device") == "cuda":
-        torch.backends.cudnn.rnn.fp32_precision = (
-            "ieee"  # float32 is float32, nn.GRU's and ours; tf32 has tests of its own
-        )
+        # float32 is float32, nn.GRU's and ours; tf32 has tests of its own
+        torch.backends.cudnn.rnn.fp32_precision = "ieee"
 
 
 def pytest_collection_modifyitems(config, items):

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 import dien_ops
 import dien_ops.info
 from dien_ops import functional, reference
-from helpers import assert_at_most_twice_torchs_error, assert_close, run_python
-from test_gru import (
+from gru_cases import (
     CELLS,
     RESETS,
     Case,
@@ -25,6 +24,7 @@ from test_gru import (
     check_all_partial_vectors,
     check_saturation_and_nan,
 )
+from helpers import assert_at_most_twice_torchs_error, assert_close, run_python
 
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
 

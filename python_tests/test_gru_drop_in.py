@@ -20,17 +20,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import dien_ops
 from dien_ops import reference
+from gru_cases import DEEP, D, twins
 from helpers import assert_at_most_twice_torchs_error, assert_close, leaf, random_state
-
-D = torch.float64
-DEEP = {"num_layers": 2, "bidirectional": True}
-
-
-def twins(*sizes, dtype=D, **options) -> tuple[nn.GRU, dien_ops.GRU]:
-    theirs = nn.GRU(*sizes, **options, dtype=dtype)
-    ours = dien_ops.GRU(*sizes, **options, dtype=dtype)
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
 
 
 def results(module: nn.Module, x, *hx) -> list[Tensor]:
@@ -558,44 +549,3 @@ def test_things_that_are_no_tensors_are_named():
 def test_an_hx_with_more_rows_than_the_packed_batch_is_refused():  # nn.GRU drops rows of it
     with pytest.raises(RuntimeError, match=r"Expected hidden size \(1, 2, 5\), got \[1, 3, 5\]"):
         dien_ops.GRU(3, 5)(packed(torch.zeros(4, 2, 3), 2, 4), torch.zeros(1, 3, 5))
-
-
-# ------------------------------------------------------------------------------------------------------ beyond nn.GRU
-
-
-def test_lengths_are_packing_without_packing():
-    theirs, ours = twins(3, 5, **DEEP, batch_first=True)
-    x, lengths = torch.randn(4, 6, 3, dtype=D), torch.tensor([4, 1, 6, 3])
-    expected, h_n = theirs(pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False))
-    expected, _ = pad_packed_sequence(expected, batch_first=True)
-    assert_close(ours(x, lengths=lengths), [expected, h_n])
-
-
-def test_empty_histories_give_zeros_and_hand_hx_through():
-    gru, hx = dien_ops.GRU(3, 5, **DEEP, batch_first=True), torch.randn(4, 2, 5)
-    output, h_n = gru(torch.randn(2, 6, 3), hx, lengths=torch.tensor([0, 6]))
-    assert torch.equal(output[0], torch.zeros(6, 10)) and torch.equal(h_n[:, 0], hx[:, 0])
-
-
-def test_lengths_are_on_the_device_of_the_input():
-    gru, lengths = dien_ops.GRU(3, 5, device="meta"), torch.tensor([3, 0])
-    x = torch.zeros(6, 2, 3, device="meta")
-    assert gru(x, lengths=lengths.to("meta"))[0].shape == (6, 2, 5)
-    with pytest.raises(
-        RuntimeError, match=f"lengths must be on the device of the input: expected meta, got {lengths.device}"
-    ):
-        gru(x, lengths=lengths)
-
-
-def test_lengths_with_packed_or_unbatched_input_are_refused():
-    gru, lengths = dien_ops.GRU(3, 5), torch.tensor([2])
-    with pytest.raises(ValueError, match="lengths must not be given with a PackedSequence"):
-        gru(pack_padded_sequence(torch.zeros(2, 1, 3), [2]), lengths=lengths)
-    with pytest.raises(ValueError, match="lengths must not be given with unbatched"):
-        gru(torch.zeros(2, 3), lengths=lengths)
-
-
-def test_an_empty_sequence_is_no_mistake():
-    hx = torch.randn(1, 2, 5)
-    output, h_n = dien_ops.GRU(3, 5)(torch.zeros(0, 2, 3), hx)
-    assert output.shape == (0, 2, 5) and torch.equal(h_n, hx)

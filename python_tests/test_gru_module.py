@@ -1,16 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attentional cells as modules."""
+"""What the modules have beyond nn.GRU: lengths, and the attentional cells."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import dien_ops
+from gru_cases import DEEP, D, twins
 from helpers import assert_close, leaf
 
-D = torch.float64
+# ------------------------------------------------------------------------------------------------------------- lengths
+
+
+def test_lengths_are_packing_without_packing():
+    theirs, ours = twins(3, 5, **DEEP, batch_first=True)
+    x, lengths = torch.randn(4, 6, 3, dtype=D), torch.tensor([4, 1, 6, 3])
+    expected, h_n = theirs(pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False))
+    expected, _ = pad_packed_sequence(expected, batch_first=True)
+    assert_close(ours(x, lengths=lengths), [expected, h_n])
+
+
+def test_empty_histories_give_zeros_and_hand_hx_through():
+    gru, hx = dien_ops.GRU(3, 5, **DEEP, batch_first=True), torch.randn(4, 2, 5)
+    output, h_n = gru(torch.randn(2, 6, 3), hx, lengths=torch.tensor([0, 6]))
+    assert torch.equal(output[0], torch.zeros(6, 10)) and torch.equal(h_n[:, 0], hx[:, 0])
+
+
+def test_lengths_are_on_the_device_of_the_input():
+    gru, lengths = dien_ops.GRU(3, 5, device="meta"), torch.tensor([3, 0])
+    x = torch.zeros(6, 2, 3, device="meta")
+    assert gru(x, lengths=lengths.to("meta"))[0].shape == (6, 2, 5)
+    with pytest.raises(
+        RuntimeError, match=f"lengths must be on the device of the input: expected meta, got {lengths.device}"
+    ):
+        gru(x, lengths=lengths)
+
+
+def test_lengths_with_packed_or_unbatched_input_are_refused():
+    gru, lengths = dien_ops.GRU(3, 5), torch.tensor([2])
+    with pytest.raises(ValueError, match="lengths must not be given with a PackedSequence"):
+        gru(pack_padded_sequence(torch.zeros(2, 1, 3), [2]), lengths=lengths)
+    with pytest.raises(ValueError, match="lengths must not be given with unbatched"):
+        gru(torch.zeros(2, 3), lengths=lengths)
+
+
+def test_an_empty_sequence_is_no_mistake():
+    hx = torch.randn(1, 2, 5)
+    output, h_n = dien_ops.GRU(3, 5)(torch.zeros(0, 2, 3), hx)
+    assert output.shape == (0, 2, 5) and torch.equal(h_n, hx)
+
+
+# --------------------------------------------------------------------------------------------------- attentional cells
 
 CELLS = {
     "AIGRU": ("input", dien_ops.AIGRU, {}),
@@ -78,7 +121,7 @@ def test_an_input_of_another_dtype_than_the_parameters_is_told_so(given, way_out
     message = f"^input must have the dtype of the parameters: expected torch.float32, got {given}{way_out}"
     for call in (
         lambda: dien_ops.GRU(3, 5)(x, *state),
-        lambda: dien_ops.GRU(3, 5)(nn.utils.rnn.pack_padded_sequence(x, [4, 2]), *state),
+        lambda: dien_ops.GRU(3, 5)(pack_padded_sequence(x, [4, 2]), *state),
         lambda: dien_ops.AUGRU(3, 5)(x, a, *state),
     ):
         with pytest.raises(ValueError, match=message):

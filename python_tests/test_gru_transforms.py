@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dien_ops
 from dien_ops import functional
+from gru_cases import DEEP, Case, D, twins
 from helpers import assert_close, gradients, leaf, run_python
-from test_gru import Case
-from test_gru_drop_in import DEEP, D, twins
 
 # --------------------------------------------------------------------------------------------------------- operators
 

@@ -17,13 +17,11 @@ namespace {
 
 template <typename S>
 struct ForwardParams : SweepParams<S> {
-    bool paired;  // H is even, so that two units are one access
     gmem<const S> bias_ih, bias_hh;
     gmem<S> states, h_n, gates;
 
     ForwardParams(const GruForward<S>& p, const SweepLayout& l)
         : SweepParams<S>(p, l),
-          paired(p.hidden_size % 2 == 0),
           bias_ih(p.bias_ih, 3 * p.hidden_size, "bias_ih"),
           bias_hh(p.bias_hh, 3 * p.hidden_size, "bias_hh"),
           states(p.states, p.rows() * p.steps * p.hidden_size, "output"),
@@ -61,6 +59,7 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
     constexpr int kRows = kRowTiles * kTileRows;
     const SweepLayout& l = p.layout;
     const int hidden = l.hidden, units = l.units;
+    const bool paired = hidden % 2 == 0;  // two units are one access
 
     Arena arena;
     GlobalArena workspace(p.workspace, l.workspace_bytes);
@@ -128,7 +127,7 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
     const auto save = [&](int row, int s, int u, int first, const auto&... gates) {
         if (!p.gates) return;
         const int64_t entry = rows.entry.ld(row) + time_of(p.plan.reverse, rows.length.ld(row), s);
-        store_gates(p.gates, entry, p.gates_size, hidden, first, u * kTileColumns + tile_column(), p.paired, gates...);
+        store_gates(p.gates, entry, p.gates_size, hidden, first, u * kTileColumns + tile_column(), paired, gates...);
     };
     // Their h' = n + k (h - n).
     const auto finish = [&](int row, int s, int u, const auto& to, T a, Pack<T, 2> z, Pack<T, 2> n) {
@@ -140,7 +139,7 @@ void forward_sweep(ForwardParams<typename Math::Storage> p) {
             if (unit + j < depth) to.st(row * l.stride + unit + j, Math::operand(h.v[j]));
         }
         exact.st_as(row * units + unit, h);
-        store_pair(p.states, rows.output.ld(row) + t * p.output_strides.t + unit, pair_count(unit, hidden), p.paired, h);
+        store_pair(p.states, rows.output.ld(row) + t * p.output_strides.t + unit, pair_count(unit, hidden), paired, h);
     };
     const auto bias_of = [&](Bias which, int u) {
         return bias.template ld_as<Pack<T, 2>>(which * units + u * kTileColumns + tile_column());

@@ -2,17 +2,15 @@
 // What a kernel is made of: indices, global and shared memory, barriers, shuffles, asynchronous copies, number formats and
 // matrix units. A kernel file uses nothing of CUDA but what stands here and in launch.cuh, so that one source builds twice:
 //
-//   by nvcc                                        for the GPU. Each primitive is one instruction, and a view a bare pointer.
-//   by a C++20 compiler, -DDIEN_OPS_HOST_EXECUTOR   for the host executor (cuda/host/), which runs the kernels on the CPU for
-//   tests
-//                                                  and checks every access: bounds, alignment, races, memory never written.
+//   by nvcc                 for the GPU. Each primitive is one instruction, and a view a bare pointer.
+//   by a C++20 compiler,    for the host executor (cuda/host/), which runs the kernels on the CPU, for tests, and checks every
+//   DIEN_OPS_HOST_EXECUTOR  access: bounds, alignment, races, memory never written.
 //
 // Rules for kernels
 // - Blocks are a multiple of 32 threads. No thread leaves before the last barrier, shuffle or mma of its block or warp: rows
-// that
-//   do not exist are masked.
+//   that do not exist are masked.
 // - The lanes of a warp run in any order between two calls of sync_warp: shuffles and mma exchange registers, they order no
-// memory.
+//   memory.
 // - No two blocks of a launch touch the same number of global memory if one of them writes it.
 // - Operands of matrix units are rounded explicitly.
 //
@@ -219,7 +217,8 @@ DIEN_OPS_DEVICE int64_t block_index_y() { return blockIdx.y; }
 DIEN_OPS_DEVICE int64_t block_index_z() { return blockIdx.z; }
 DIEN_OPS_DEVICE int64_t grid_blocks() { return gridDim.x; }
 
-// The built-in type of so many bytes. Accesses go through it, because a struct may be taken apart into several.
+// The built-in type of so many bytes. Accesses go through it, because a struct may be taken apart into several, and so may an
+// integer of 64 bits.
 template <int kBytes>
 struct Word;
 template <>
@@ -254,7 +253,7 @@ DIEN_OPS_DEVICE void store_word(void* p, const V& value) {
     *static_cast<typename Word<sizeof(V)>::Type*>(p) = word;
 }
 
-// The integer of V's size.
+// The integer of V's size: what asm takes.
 template <typename V>
 using Bits = std::conditional_t<sizeof(V) == 2, uint16_t, std::conditional_t<sizeof(V) == 4, uint32_t, uint64_t>>;
 

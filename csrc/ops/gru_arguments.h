@@ -76,13 +76,14 @@ inline GruArguments read_gru_arguments(const Tensor& input, const OptionalTensor
     a.H = weight_hh.size(1);
     a.several = attention.has_value() && attention->dim() == 3;
     a.C = a.several ? attention->size(batch_first ? 1 : 2) : 1;
-    a.input = checked(input, "input", sizes_of(input), a.dtype, input.device());
-    a.attention = checked(attention, "attention", a.attention_sizes(), a.dtype, input.device());
-    a.hx = checked(hx, "hx", a.state_sizes(), a.dtype, input.device());
-    a.weight_ih = checked(weight_ih, "weight_ih", {3 * a.H, a.I}, a.dtype, input.device());
-    a.weight_hh = checked(weight_hh, "weight_hh", {3 * a.H, a.H}, a.dtype, input.device());
-    a.bias_ih = checked(bias_ih, "bias_ih", {3 * a.H}, a.dtype, input.device());
-    a.bias_hh = checked(bias_hh, "bias_hh", {3 * a.H}, a.dtype, input.device());
+    const Device device = input.device();
+    a.input = checked(input, "input", sizes_of(input), a.dtype, device);
+    a.attention = checked(attention, "attention", a.attention_sizes(), a.dtype, device);
+    a.hx = checked(hx, "hx", a.state_sizes(), a.dtype, device);
+    a.weight_ih = checked(weight_ih, "weight_ih", {3 * a.H, a.I}, a.dtype, device);
+    a.weight_hh = checked(weight_hh, "weight_hh", {3 * a.H, a.H}, a.dtype, device);
+    a.bias_ih = checked(bias_ih, "bias_ih", {3 * a.H}, a.dtype, device);
+    a.bias_hh = checked(bias_hh, "bias_hh", {3 * a.H}, a.dtype, device);
     return a;
 }
 
