@@ -38,21 +38,23 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
     // variances used. hidden: what the backward needs with batch statistics
     m.def(
         "local_activation_unit(Tensor query, Tensor keys, Tensor[] weights, Tensor[] biases, Tensor[] alphas, "
-        "Tensor[] running_means, Tensor[] running_vars, Tensor? lengths, str activation, float eps, bool softmax) "
+        "Tensor[] running_means, Tensor[] running_vars, Tensor? lengths, str activation, float eps, float variance_eps, bool "
+        "softmax) "
         "-> (Tensor pooled, Tensor scores, Tensor statistics, Tensor hidden)");
     m.def(
         "local_activation_unit_backward(Tensor? grad_pooled, Tensor? grad_scores, Tensor query, Tensor keys, Tensor[] weights, "
         "Tensor[] biases, Tensor[] alphas, Tensor statistics, Tensor hidden, Tensor scores, Tensor? lengths, str activation, "
-        "bool batch_statistics, float eps, bool softmax) "
+        "bool batch_statistics, float eps, float variance_eps, bool softmax) "
         "-> (Tensor grad_query, Tensor grad_keys, Tensor[] grad_weights, Tensor[] grad_biases, Tensor[] grad_alphas)");
 
     // dice: with mean and var where they are given, else with those of the input; used_mean and used_var: either of them
     m.def(
-        "dice(Tensor input, Tensor alpha, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, Tensor? lengths, float eps) "
+        "dice(Tensor input, Tensor alpha, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, Tensor? lengths, float eps, "
+        "float variance_eps) "
         "-> (Tensor output, Tensor used_mean, Tensor used_var)");
     m.def(
         "dice_backward(Tensor grad_output, Tensor input, Tensor alpha, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
-        "Tensor? lengths, bool batch_statistics, float eps) "
+        "Tensor? lengths, bool batch_statistics, float eps, float variance_eps) "
         "-> (Tensor grad_input, Tensor grad_alpha, Tensor grad_weight, Tensor grad_bias)");
 
     // embedding: one update of the rows that ids [N] name, each once, by the sum of its gradient rows grad [N, D] plus

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dien_ops._checks import compute_dtype
+
 
 def backward_of_backward(
     reference: Callable[..., Sequence[Tensor]],
@@ -40,17 +42,22 @@ def backward_of_backward(
         found: tuple[Tensor, ...] = torch.func.vjp(outputs, *values)[1](grads)
         return found
 
-    values = tuple(x for x in primals if x is not None)
-    grads = tuple(g for g in grad_outputs if g is not None)
+    def wide(x: Tensor) -> Tensor:  # what the operators compute in: their arguments may be of two dtypes
+        return x.to(compute_dtype(x.dtype))
+
+    values = tuple(wide(x) for x in primals if x is not None)
+    grads = tuple(wide(g) for g in grad_outputs if g is not None)
     cotangents = tuple(
-        torch.zeros_like(x) if gg is None else gg for x, gg in zip(primals, grad_grads, strict=False) if x is not None
-    )
+        wide(torch.zeros_like(x) if gg is None else gg)
+        for x, gg in zip(primals, grad_grads, strict=False) if x is not None
+    )  # fmt: skip
     for_values, for_grads = torch.func.vjp(backward, values, grads)[1](cotangents)
 
-    def spread(found: tuple[Tensor, ...], positions: list[int], count: int) -> list[Tensor | None]:
-        result: list[Tensor | None] = [None] * count
+    def spread(found: tuple[Tensor, ...], positions: list[int], of: Sequence[Tensor | None]) -> list[Tensor | None]:
+        result: list[Tensor | None] = [None] * len(of)
         for i, x in zip(positions, found, strict=True):
-            result[i] = x
+            given = of[i]
+            result[i] = x if given is None else x.to(given.dtype)
         return result
 
-    return spread(for_grads, received, len(grad_outputs)), spread(for_values, given, len(primals))
+    return spread(for_grads, received, grad_outputs), spread(for_values, given, primals)

@@ -72,6 +72,26 @@ def matches(reference_name: str, reference: Tensor, **others: Tensor | None) -> 
         _not_dual(name, value)
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What tensors of the dtype are computed in: the 16-bit formats are formats of storage."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def parameters(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    """Each of the others that is given has the reference's device, and its dtype or that in which it is computed:
+    float32 parameters go with 16-bit input, as under autocast."""
+    allowed = sorted({reference.dtype, compute_dtype(reference.dtype)}, key=str)
+    for name, value in others.items():
+        if value is None:
+            continue
+        tensor(name, value)
+        if value.dtype not in allowed:
+            expected = " or ".join(map(str, allowed))
+            raise ValueError(f"{name} must have the dtype of {reference_name}: expected {expected}, got {value.dtype}")
+        same_device(reference_name, reference, name, value)
+        _not_dual(name, value)
+
+
 def same_device(reference_name: str, reference: Tensor, name: str, value: Tensor) -> None:
     if value.device != reference.device:
         raise RuntimeError(

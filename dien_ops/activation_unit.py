@@ -15,6 +15,7 @@ from dien_ops._autograd import backward_of_backward
 from dien_ops.dice import Dice, check_average, check_options, update_running_statistics
 
 ACTIVATIONS = ("sigmoid", "prelu", "dice")
+DICE_OPTIONS = ("eps", "momentum", "variance_eps")  # of Dice: the unit has one of each for all its layers
 
 # ---------------------------------------------------------------------------------------------------------- operators
 
@@ -31,6 +32,7 @@ def _fake(
     lengths: Tensor | None,
     activation: str,
     eps: float,
+    variance_eps: float,
     softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = query.shape[0] * query.shape[1] * keys.shape[1]
@@ -62,14 +64,14 @@ def _backward_fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, keys, weights, biases, alphas, running_means, _, lengths, activation, eps, softmax = inputs
+    query, keys, weights, biases, alphas, running_means, _, lengths, activation, *eps, softmax = inputs
     _, scores, statistics, hidden = output
     batch_statistics = activation == "dice" and not running_means
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(statistics, hidden)
     ctx.save_for_backward(query, keys, *weights, *biases, *alphas, statistics, hidden, scores, lengths)
     ctx.counts, ctx.averages = (len(weights), len(biases), len(alphas)), len(running_means)
-    ctx.options = (activation, batch_statistics, eps, softmax)
+    ctx.options = (activation, batch_statistics, *eps, softmax)
 
 
 def _split(tensors: Sequence[Any], counts: Sequence[int]) -> tuple[list[list[Any]], Sequence[Any]]:
@@ -88,7 +90,7 @@ def _backward(ctx: Any, grad_pooled: Tensor | None, grad_scores: Tensor | None, 
         grad_pooled, grad_scores, query, keys, *parameters, statistics, hidden, scores, lengths, *ctx.options
     )
     averages = [None] * ctx.averages
-    return (*grads, averages, averages, None, None, None, None)
+    return (*grads, averages, averages, None, None, None, None, None)
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -107,7 +109,7 @@ def _double_backward(
     for_alphas: list[Tensor | None],
 ) -> tuple[Any, ...]:
     grad_pooled, grad_scores, *primals, statistics, lengths = ctx.saved_tensors
-    activation, batch_statistics, eps, softmax = ctx.options
+    activation, batch_statistics, eps, variance_eps, softmax = ctx.options
     averages: list[Sequence[Tensor]] = [(), ()]
     if activation == "dice" and not batch_statistics:
         sizes = [weight.shape[0] for weight in primals[2 : 1 + ctx.counts[0]]]
@@ -117,15 +119,15 @@ def _double_backward(
         (weights, biases, alphas), _ = _split(parameters, ctx.counts)
         pooled, scores = reference.local_activation_unit(
             query, keys, weights, biases, activation=activation, alphas=alphas,
-            running_means=averages[0], running_vars=averages[1], training=batch_statistics, eps=eps,
-            softmax=softmax, lengths=lengths, return_scores=True,
+            running_means=averages[0], running_vars=averages[1], training=batch_statistics,
+            eps=eps, variance_eps=variance_eps, softmax=softmax, lengths=lengths, return_scores=True,
         )  # fmt: skip
         return pooled, scores
 
     grad_grads = [for_query, for_keys, *for_weights, *for_biases, *for_alphas]
     (for_pooled, for_scores), found = backward_of_backward(equations, primals, [grad_pooled, grad_scores], grad_grads)
     parameters, _ = _split(found[2:], ctx.counts)
-    return (for_pooled, for_scores, *found[:2], *parameters, *[None] * 8)
+    return (for_pooled, for_scores, *found[:2], *parameters, *[None] * 9)
 
 
 torch.library.register_autograd("dien_ops::local_activation_unit", _backward, setup_context=_save_for_backward)
@@ -149,6 +151,8 @@ def local_activation_unit(
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-8,
+    variance_eps: float = 0.0,
+    scale: float = 1.0,
     softmax: bool = False,
     lengths: Tensor | None = None,
     return_scores: bool = False,
@@ -193,17 +197,21 @@ def local_activation_unit(
         torch.Size([8, 18])
     """
     _check_arguments(query, keys, weights, biases, activation, alphas, running_means, running_vars, lengths, training)
-    check_options(momentum, eps)
+    check_options(momentum, eps, variance_eps)
+    _checks.number("scale", scale)
     dice = activation == "dice"
     if dice and not training and not running_means and len(weights) > 1:
         raise ValueError("running_means and running_vars are needed where training=False, got none")
     averages = ([], []) if training or not dice else tuple(
         [x.to(keys.dtype) for x in tensors] for tensors in (running_means, running_vars)
     )  # fmt: skip
+    weights, biases = list(weights), list(biases)
+    if scale != 1.0:  # the output layer is linear, and its parameters are the smaller side
+        weights[-1], biases[-1] = scale * weights[-1], scale * biases[-1]
     several = query.dim() == 3
     queries = query if several else query.unsqueeze(1)
     pooled, scores, statistics, _ = torch.ops.dien_ops.local_activation_unit(
-        queries, keys, list(weights), list(biases), list(alphas), *averages, lengths, activation, eps, softmax
+        queries, keys, weights, biases, list(alphas), *averages, lengths, activation, eps, variance_eps, softmax
     )
     if dice and training and running_means:
         steps = lengths.sum() if lengths is not None else torch.full((), keys.shape[:2].numel())
@@ -288,8 +296,8 @@ class LocalActivationUnit(nn.Module):
     ``layers`` holds one :class:`torch.nn.Linear` per layer, so that weights of a composed model load as they are; the
     first one takes ``[q, k, q - k, q * k]``. ``activations`` holds one :class:`torch.nn.Sigmoid`,
     :class:`torch.nn.PReLU` or :class:`dien_ops.Dice` per hidden layer. Their parameters may change, not their kind;
-    several Dice share one eps and one momentum. One Dice in evaluation mode puts all of the unit's in it: they take the
-    moving averages for the statistics, and leave them as they are.
+    several Dice share their eps, momentum and variance_eps. One Dice in evaluation mode puts all of the unit's in it:
+    they take the moving averages for the statistics, and leave them as they are.
 
     The defaults are the released code's network, 80-40-1 with sigmoids, without its softmax, as in the paper.
 
@@ -349,7 +357,7 @@ class LocalActivationUnit(nn.Module):
         layers = [x for x in self.layers if isinstance(x, nn.Linear)]
         prelus = [x for x in self.activations if isinstance(x, nn.PReLU)]
         dices = [x for x in self.activations if isinstance(x, Dice)]
-        options = {"eps": dices[0].eps, "momentum": dices[0].momentum} if dices else {}
+        options = {name: getattr(dices[0], name) for name in DICE_OPTIONS} if dices else {}
         training = self.training and all(x.training for x in dices)
         result = local_activation_unit(
             query,
@@ -388,11 +396,10 @@ class LocalActivationUnit(nn.Module):
                     )
         dices = [x for x in self.activations if isinstance(x, Dice)]
         for i, dice in enumerate(dices):
-            if (dice.eps, dice.momentum) != (dices[0].eps, dices[0].momentum):
-                raise ValueError(
-                    f"activations[{i}] must have the eps and momentum of activations[0], {dices[0].eps} and "
-                    f"{dices[0].momentum}, got {dice.eps} and {dice.momentum}"
-                )
+            for name in DICE_OPTIONS:
+                expected, got = getattr(dices[0], name), getattr(dice, name)
+                if got != expected:
+                    raise ValueError(f"activations[{i}] must have the {name} of activations[0], {expected}, got {got}")
             if dice.affine:
                 raise ValueError(
                     f"activations[{i}] must be a Dice with affine=False: the unit's has no weight and bias"

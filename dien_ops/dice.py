@@ -25,6 +25,7 @@ def _dice_fake(
     bias: Tensor | None,
     lengths: Tensor | None,
     eps: float,
+    variance_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return input.new_empty(input.shape), alpha.new_empty(alpha.shape), alpha.new_empty(alpha.shape)
 
@@ -41,13 +42,14 @@ def _dice_backward_fake(
     lengths: Tensor | None,
     batch_statistics: bool,
     eps: float,
+    variance_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     affine = [alpha.new_empty(alpha.shape if x is not None else 0) for x in (weight, bias)]
     return input.new_empty(input.shape), alpha.new_empty(alpha.shape), affine[0], affine[1]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, alpha, mean, _, weight, bias, lengths, eps = inputs
+    input, alpha, mean, _, weight, bias, lengths, *eps = inputs
     _, used_mean, used_var = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(used_mean, used_var)
@@ -57,9 +59,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 8
+        return (None,) * 9
     grad_input, grad_alpha, grad_weight, grad_bias = torch.ops.dien_ops.dice_backward(
-        grad_output, *ctx.saved_tensors, ctx.batch_statistics, ctx.eps
+        grad_output, *ctx.saved_tensors, ctx.batch_statistics, *ctx.eps
     )
     weight, bias = ctx.saved_tensors[4:6]
     return (
@@ -71,11 +73,13 @@ def _backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | 
         grad_bias if bias is not None else None,
         None,
         None,
+        None,
     )
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.batch_statistics, ctx.eps = inputs
+    *tensors, ctx.batch_statistics, eps, variance_eps = inputs
+    ctx.eps = (eps, variance_eps)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
@@ -83,19 +87,29 @@ def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_output, input, alpha, mean, var, weight, bias, lengths = ctx.saved_tensors
     training = ctx.batch_statistics
+    eps, variance_eps = ctx.eps
 
     def equations(input: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Sequence[Tensor]:
         used_mean, used_var = (None, None) if training else (mean, var)
         return (
             reference.dice(
-                input, alpha, used_mean, used_var, weight, bias, training=training, eps=ctx.eps, lengths=lengths
+                input,
+                alpha,
+                used_mean,
+                used_var,
+                weight,
+                bias,
+                training=training,
+                eps=eps,
+                variance_eps=variance_eps,
+                lengths=lengths,
             ),
         )
 
     (for_output,), (for_input, for_alpha, for_weight, for_bias) = backward_of_backward(
         equations, (input, alpha, weight, bias), (grad_output,), grad_grads
     )
-    return for_output, for_input, for_alpha, None, None, for_weight, for_bias, None, None, None
+    return for_output, for_input, for_alpha, None, None, for_weight, for_bias, None, None, None, None
 
 
 torch.library.register_autograd("dien_ops::dice", _backward, setup_context=_setup_context)
@@ -115,9 +129,11 @@ def dice(
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-8,
+    variance_eps: float = 0.0,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Dice (DIN eq. 9): ``f(s) = p s + (1 - p) alpha s``, ``p = sigmoid(weight (s - E) / (sqrt(Var) + eps) + bias)``.
+    """Dice (DIN eq. 9): ``f(s) = p s + (1 - p) alpha s``, with the gate
+    ``p = sigmoid(weight (s - E) / (sqrt(Var + variance_eps) + eps) + bias)``.
 
     With ``training=True``, E and Var are the mean and the biased variance of each channel over the batch, the gradient
     flows through them, and the moving averages, where given, are updated in place as by
@@ -134,7 +150,9 @@ def dice(
         training: take the batch's statistics; else the moving averages.
         momentum: the weight of the newest batch in the moving averages, in 0..1: with 0 they never move, with 1 they
             are the newest batch's statistics.
-        eps: finite and >= 0, is added to the standard deviation; 0 gives NaN where a channel is constant.
+        eps: finite and >= 0, is added to the standard deviation, as in the paper.
+        variance_eps: finite and >= 0, is added to the variance, below the root, as in BatchNorm. With both 0 a constant
+            channel gives NaN.
         lengths: ``[B]`` int32 or int64, each in 0..T; with a ``[B, T, C]`` input only.
 
     Returns:
@@ -153,10 +171,10 @@ def dice(
         >>> y = dien_ops.functional.dice(s, alpha=torch.zeros(80))
     """
     _check_arguments(input, alpha, running_mean, running_var, weight, bias, lengths, training)
-    check_options(momentum, eps)
+    check_options(momentum, eps, variance_eps)
     output: Tensor
     if training:
-        output, mean, var = torch.ops.dien_ops.dice(input, alpha, None, None, weight, bias, lengths, eps)
+        output, mean, var = torch.ops.dien_ops.dice(input, alpha, None, None, weight, bias, lengths, eps, variance_eps)
         if running_mean is not None and running_var is not None:
             count = lengths.sum() if lengths is not None else torch.full((), input.shape[:-1].numel())
             update_running_statistics(running_mean, running_var, mean, var, count, momentum)
@@ -164,17 +182,18 @@ def dice(
     if running_mean is None or running_var is None:
         raise ValueError("running_mean and running_var are needed where training=False, got None")
     mean, var = running_mean.to(input.dtype), running_var.to(input.dtype)
-    output, _, _ = torch.ops.dien_ops.dice(input, alpha, mean, var, weight, bias, lengths, eps)
+    output, _, _ = torch.ops.dien_ops.dice(input, alpha, mean, var, weight, bias, lengths, eps, variance_eps)
     return output
 
 
-def check_options(momentum: float, eps: float) -> None:
+def check_options(momentum: float, eps: float, variance_eps: float) -> None:
     """Raises TypeError for what is no number; ValueError for a momentum outside of [0, 1] or an eps below 0."""
     _checks.number("momentum", momentum)
     _checks.number("eps", eps)
     if not 0.0 <= momentum <= 1.0:
         raise ValueError(f"momentum must be in [0, 1], got {momentum}")
     _checks.non_negative("eps", eps)
+    _checks.non_negative("variance_eps", variance_eps)
 
 
 def check_average(name: str, value: Tensor, input_name: str, input: Tensor, channels: int, training: bool) -> None:
@@ -240,12 +259,13 @@ class Dice(nn.Module):
 
     Args:
         num_features: C >= 1, the size of the last axis.
-        eps: is added to the standard deviation, as in the paper; not to the variance. Finite and >= 0; 0 gives NaN
-            where a channel is constant.
+        eps: is added to the standard deviation, as in the paper. Finite and >= 0.
         momentum: the weight of the newest batch in the moving averages, in 0..1. There is no ``None``, by which
             :class:`torch.nn.BatchNorm1d` means the average over all batches.
         affine: learn a scale and an offset of the gate's argument; not in the paper.
         device, dtype: of the parameters and the moving averages.
+        variance_eps: is added to the variance, below the root, as in BatchNorm. Finite and >= 0; where it and eps are 0
+            a constant channel gives NaN.
 
     Shapes: input [N, C], or [B, T, C] with lengths [B]; the output is shaped as the input.
 
@@ -271,12 +291,15 @@ class Dice(nn.Module):
         affine: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        variance_eps: float = 0.0,
     ) -> None:
         super().__init__()
         _checks.size("num_features", num_features)
-        check_options(momentum, eps)
+        check_options(momentum, eps, variance_eps)
         factory = {"device": device, "dtype": dtype}
         self.num_features, self.eps, self.momentum, self.affine = num_features, eps, momentum, affine
+        self.variance_eps = variance_eps
         self.alpha = nn.Parameter(torch.empty(num_features, **factory))
         self.register_parameter("weight", nn.Parameter(torch.empty(num_features, **factory)) if affine else None)
         self.register_parameter("bias", nn.Parameter(torch.empty(num_features, **factory)) if affine else None)
@@ -307,6 +330,7 @@ class Dice(nn.Module):
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,
+            variance_eps=self.variance_eps,
             lengths=lengths,
         )
         if self.training:  # last: an error above must leave all buffers as they were
@@ -314,4 +338,5 @@ class Dice(nn.Module):
         return output
 
     def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"
+        inside = f", variance_eps={self.variance_eps}" if self.variance_eps else ""
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}{inside}"

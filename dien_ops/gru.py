@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dien_ops import _checks, reference
+from dien_ops import _autocast, _checks, reference
 from dien_ops._autograd import backward_of_backward
 
 ATTENTIONAL_GATES = ("paper", "authors", "replace", "input")
@@ -197,11 +197,6 @@ torch.library.register_vmap("dien_ops::gru", partial(_gru_vmap, torch.ops.dien_o
 # --------------------------------------------------------------------------------------------------------- functional
 
 
-def autocast_enabled(input: Tensor) -> bool:
-    device = input.device.type
-    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-
-
 @torch.compiler.assume_constant_result  # as it is while compiling: the compiler does not look into torch.backends
 def _tf32_is_allowed() -> bool:
     rnn: Any = torch.backends.cudnn.rnn
@@ -234,17 +229,12 @@ def _run(
     _checks.boolean("batch_first", batch_first)
     _checks.boolean("reverse", reverse)
     kept = None
-    if autocast_enabled(input):
-        dtype = torch.get_autocast_dtype(input.device.type)
+    dtype = _autocast.dtype_for(input)
+    if dtype is not None:
         if not input.is_cuda:
             kept = torch.promote_types((hx if isinstance(hx, Tensor) else input).dtype, dtype)
-
-        def cast(x: Any) -> Any:
-            eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-            return x.to(dtype) if eligible else x
-
-        input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh = map(
-            cast, (input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+        input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh = _autocast.cast(
+            dtype, input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh
         )
     _checks.supported("input", input, _checks.ANY_PRECISION, cuda_kernels=True)
     _checks.rank("input", input, 3)

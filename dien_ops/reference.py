@@ -188,6 +188,8 @@ def local_activation_unit(
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-8,
+    variance_eps: float = 0.0,
+    scale: float = 1.0,
     softmax: bool = False,
     lengths: Tensor | None = None,
     return_scores: bool = False,
@@ -216,10 +218,11 @@ def local_activation_unit(
                 training,
                 momentum,
                 eps,
+                variance_eps,
             )
         else:
             raise ValueError(f'activation must be one of "sigmoid", "prelu", "dice", got {activation!r}')
-    logits = F.linear(hidden, weights[-1], biases[-1]).squeeze(-1)
+    logits = scale * F.linear(hidden, weights[-1], biases[-1]).squeeze(-1)
     scores = _masked_softmax(logits, valid) if softmax else torch.where(valid, logits, 0.0)
     pooled = torch.einsum("bct,btd->bcd", scores, keys)
     if query.dim() == 2:
@@ -241,6 +244,7 @@ def _dice(
     training: bool,
     momentum: float,
     eps: float,
+    variance_eps: float,
 ) -> Tensor:
     mask = valid.unsqueeze(-1)
     if training:
@@ -257,6 +261,7 @@ def _dice(
         if running_mean is None or running_var is None:
             raise ValueError("running_mean and running_var are needed where training=False, got None")
         mean, var = running_mean.to(s.dtype), running_var.to(s.dtype)
+    var = var + variance_eps
     spread = torch.where(var > 0, torch.where(var > 0, var, 1.0).sqrt(), 0.0)  # sqrt with derivative 0 at 0
     normalized = (s - mean) / (spread + eps)
     if weight is not None:
@@ -278,6 +283,7 @@ def dice(
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-8,
+    variance_eps: float = 0.0,
     lengths: Tensor | None = None,
 ) -> Tensor:
     """f(s) = p(s) s + (1 - p(s)) alpha s (DIN eq. 9); see :func:`dien_ops.functional.dice`."""
@@ -285,7 +291,7 @@ def dice(
         valid = torch.ones(input.shape[:-1], dtype=torch.bool, device=input.device)
     else:
         valid = _valid_steps(lengths, input.size(0), input.size(1), input.device)
-    return _dice(input, valid, alpha, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _dice(input, valid, alpha, running_mean, running_var, weight, bias, training, momentum, eps, variance_eps)
 
 
 # ----------------------------------------------------------------------------------------------------- auxiliary loss

@@ -197,13 +197,13 @@ def test_the_operators_pass_opcheck(activation, training):
     case = Case((3, 2, 5, 4, (6, 3)), activation, torch.float32)
     averages = ([], []) if training else (case.running_means, case.running_vars)
     parameters = (case.weights, case.biases, case.alphas)
-    forward = (case.query, case.keys, *parameters, *averages, case.lengths, activation, 1e-3, True)
+    forward = (case.query, case.keys, *parameters, *averages, case.lengths, activation, 1e-3, 1e-2, True)
     torch.library.opcheck(torch.ops.dien_ops.local_activation_unit.default, forward)
     pooled, scores, statistics, hidden = torch.ops.dien_ops.local_activation_unit(*forward)
     batch_statistics = activation == "dice" and training
     backward = (
         leaf(*pooled.shape, dtype=torch.float32), None, case.query, case.keys, *parameters, statistics, hidden,
-        scores.detach(), case.lengths, activation, batch_statistics, 1e-3, True,
+        scores.detach(), case.lengths, activation, batch_statistics, 1e-3, 1e-2, True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.dien_ops.local_activation_unit_backward.default, backward)
 
@@ -386,8 +386,9 @@ def test_a_dice_in_evaluation_mode_freezes_the_statistics_of_a_unit_in_training(
         ("sigmoid", "activations", 0, nn.ReLU(), r"activations\[0\] must be a Sigmoid .*'sigmoid', got ReLU"),
         ("prelu", "activations", 1, nn.Sigmoid(), r"activations\[1\] must be a PReLU .*, got Sigmoid"),
         ("dice", "activations", 1, nn.PReLU(2), r"activations\[1\] must be a Dice .*, got PReLU"),
-        ("dice", "activations", 1, dien_ops.Dice(2, eps=1e-3), r"activations\[1\] must have the eps and momentum"),
-        ("dice", "activations", 1, dien_ops.Dice(2, momentum=0.2), r"of activations\[0\], 1e-08 and 0.1, got 1e-08 and 0.2"),
+        ("dice", "activations", 1, dien_ops.Dice(2, eps=1e-3), r"have the eps of activations\[0\], 1e-08, got 0.001"),
+        ("dice", "activations", 1, dien_ops.Dice(2, momentum=0.2), r"the momentum of activations\[0\], 0.1, got 0.2"),
+        ("dice", "activations", 1, dien_ops.Dice(2, variance_eps=1), r"the variance_eps of .*, 0.0, got 1"),
         ("dice", "activations", 1, dien_ops.Dice(2, affine=True), r"activations\[1\] must be a Dice with affine=False"),
         ("sigmoid", "layers", 2, nn.Identity(), r"layers\[2\] must be a Linear .*, got Identity"),
     ],

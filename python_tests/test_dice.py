@@ -163,8 +163,8 @@ def test_the_operators_pass_opcheck(training):
     mean, var = running(7, torch.float32).values()
     fixed = (None, None) if training else (mean, var)
     lengths = torch.tensor([5, 0, 3, 1])
-    torch.library.opcheck(torch.ops.dien_ops.dice.default, (s, alpha, *fixed, weight, bias, lengths, 1e-8))
-    torch.library.opcheck(torch.ops.dien_ops.dice.default, (s, alpha, *fixed, None, None, None, 1e-8))
+    torch.library.opcheck(torch.ops.dien_ops.dice.default, (s, alpha, *fixed, weight, bias, lengths, 1e-8, 1e-3))
+    torch.library.opcheck(torch.ops.dien_ops.dice.default, (s, alpha, *fixed, None, None, None, 1e-8, 0.0))
     backward = (
         leaf(4, 5, 7, dtype=torch.float32),
         s,
@@ -176,6 +176,7 @@ def test_the_operators_pass_opcheck(training):
         lengths,
         training,
         1e-3,
+        1e-2,
     )
     torch.library.opcheck(torch.ops.dien_ops.dice_backward.default, backward)
 

@@ -1,15 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dice (DIN eq. 9) and its derivatives, for one value s of one channel: one definition for every operator and back end.
 //
-//   x = (s - E) / (sqrt(Var) + eps)      p = sigmoid(weight x + bias)      f = p s + (1 - p) alpha s
+//   x = (s - E) / (sqrt(Var + variance_eps) + eps)      p = sigmoid(weight x + bias)      f = p s + (1 - p) alpha s
 //
 // weight and bias are the optional affine parameters (1 and 0 where there are none). V is a scalar or a vector of lanes. The
 // gate p comes from the back end's own sigmoid.
 #pragma once
 
+#include <math.h>
+
 #include "common/macros.h"
 
 namespace dien_ops {
+
+// What keeps the deviation from 0: the paper adds eps to the root, BatchNorm adds variance_eps below it.
+struct DiceEps {
+    double eps, variance_eps;
+
+    // sqrt(Var + variance_eps)
+    DIEN_OPS_HOST_DEVICE double root(double var) const { return sqrt(var + variance_eps); }
+    // What s - E is divided by.
+    DIEN_OPS_HOST_DEVICE double divisor(double var) const { return root(var) + eps; }
+};
 
 // f(s). Also the factor of df/ds that does not go through the gate, where s is 1.
 template <typename V>
@@ -31,8 +43,9 @@ DIEN_OPS_HOST_DEVICE V dice_logit_gradient(V g, V s, V p, V alpha) {
 }
 
 // The gradient of s, once the sums over the batch are known. g is the gradient of f, g_logit that of weight x + bias,
-// scale = weight / (sqrt(Var) + eps), centered = s - E. Batch statistics depend on every s: E takes away mean(g_logit) and the
-// deviation takes away pull * centered; both are 0 with fixed statistics.
+// scale = weight / divisor(Var), centered = s - E. Batch statistics depend on every s: E takes away mean(g_logit) and the
+// deviation takes away pull * centered, pull = scale / divisor(Var) / root(Var) * mean(g_logit * centered); both are 0 with
+// fixed statistics.
 template <typename V>
 DIEN_OPS_HOST_DEVICE V dice_gradient(V g, V g_logit, V p, V alpha, V scale, V centered, V mean_g_logit, V pull) {
     return dice_value(g, p, alpha) + scale * (g_logit - mean_g_logit) - pull * centered;

@@ -15,6 +15,7 @@
 
 #include <cstdint>
 
+#include "common/dice.h"
 #include "cpu/capability.h"
 
 namespace dien_ops::cpu {
@@ -62,7 +63,7 @@ struct UnitProblem {
     int64_t hidden_layers;                  // L
     Activation activation;
     bool batch_statistics, softmax;
-    double eps;
+    DiceEps eps;
 
     const T* query;                // [B, C, D]
     const T* keys;                 // [B, T, D]

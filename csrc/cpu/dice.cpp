@@ -94,7 +94,7 @@ void dice_reduce(const DiceBackward<T>& p) {
     for (int64_t c = 0; c < C; ++c) {
         p.grad_alpha[c] = T(p.sums[c]);
         p.grad_bias[c] = T(p.sums[C + c]);
-        p.grad_weight[c] = T(p.sums[2 * C + c] / (__builtin_sqrt(double(p.var[c])) + p.eps));
+        p.grad_weight[c] = T(p.sums[2 * C + c] / p.eps.divisor(p.var[c]));
     }
     fill_dice_feedback(p.sums, double(p.count), p.var, dice_columns<T>(p.columns, C).scale, p.eps, C, p.feedback);
 }

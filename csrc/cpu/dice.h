@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/dice.h"
 #include "cpu/capability.h"
 
 namespace dien_ops::cpu {
@@ -16,7 +17,7 @@ struct DiceProblem {
     const int64_t* lengths;          // [B], each in 0..T: only the first steps of each sequence hold data
     int64_t count;                   // the sum of lengths
     int64_t rows_per_block;          // the same for forward and backward, and for any number of threads
-    double eps;
+    DiceEps eps;
 
     const T* input;   // [B, T, C]
     const T* alpha;   // [C]

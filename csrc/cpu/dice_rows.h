@@ -125,20 +125,20 @@ void finish_moments(const Moments& m, T* mean, T* var) {
 template <typename T>
 struct DiceColumns {
     const T* mean;   // [C] E
-    const T* scale;  // [C] weight / (sqrt(Var) + eps)
+    const T* scale;  // [C] weight / divisor(Var)
     const T* bias;   // [C]
     const T* alpha;  // [C]
 };
 
 template <typename T>
-T dice_scale(T weight, T var, double eps) {
-    return T(weight / (__builtin_sqrt(double(var)) + eps));
+T dice_scale(T weight, T var, const DiceEps& eps) {
+    return T(weight / eps.divisor(var));
 }
 
 // Fills data [4, C]. weight and bias may be null.
 template <typename T>
-void fill_dice_columns(const T* mean, const T* var, const T* weight, const T* bias, const T* alpha, double eps, int64_t C,
-                       T* data) {
+void fill_dice_columns(const T* mean, const T* var, const T* weight, const T* bias, const T* alpha, const DiceEps& eps,
+                       int64_t C, T* data) {
     for (int64_t c = 0; c < C; ++c) {
         data[c] = mean[c];
         data[C + c] = dice_scale(weight != nullptr ? weight[c] : T(1), var[c], eps);
@@ -199,11 +199,12 @@ struct DiceFeedback {
 // Fills data [2, C] from the sums [3, C] over all `count` rows. A column without deviation has no derivative there, as in
 // reference.py: its pull is 0.
 template <typename T>
-void fill_dice_feedback(const double* sums, double count, const T* var, const T* scale, double eps, int64_t C, T* data) {
+void fill_dice_feedback(const double* sums, double count, const T* var, const T* scale, const DiceEps& eps, int64_t C,
+                        T* data) {
     for (int64_t c = 0; c < C; ++c) {
-        const double sigma = __builtin_sqrt(double(var[c]));
+        const double root = eps.root(var[c]);
         data[c] = count > 0 ? T(sums[C + c] / count) : T(0);
-        data[C + c] = sigma > 0 ? T(double(scale[c]) / (sigma + eps) / sigma * (sums[2 * C + c] / count)) : T(0);
+        data[C + c] = root > 0 ? T(double(scale[c]) / eps.divisor(var[c]) / root * (sums[2 * C + c] / count)) : T(0);
     }
 }
 

@@ -4,7 +4,6 @@
 // number, what is written and what is passed from function to function at multiples of 16 bytes, as torch allocates. Sizes and
 // pointers come from the layer above; what a launch needs of the device is asked for here.
 //
-//   gru_lengths            checks lengths
 //   gru_plan               numbers the valid steps
 //   gru_projection         W x of every valid step                                              gru_products.cu
 //   gru_forward            all steps of a tile of rows, the state never leaving the block       gru_forward.cu
@@ -37,7 +36,7 @@ struct Strides {
 
 // Which steps are valid, and in what order sequences are taken.
 struct GruPlan {
-    const int64_t* lengths;  // [B], each in 0..T
+    const int64_t* lengths;  // [B], each in 0..T: from lengths.h
     const int64_t* order;    // [B], sequences by falling length
     const int64_t* first;    // [B]
     const int64_t* total;    // [1], E
@@ -69,9 +68,6 @@ struct GruProblem {
     // r, z, n and, where the reset comes after the product, U_n h + b_hn.
     int64_t gates_size() const { return (reset_after ? 4 : 3) * hidden_size; }
 };
-
-// Throws nothing: a length outside 0..T is a device-side assertion that names it.
-void gru_lengths(Stream stream, const void* lengths, bool int32, int64_t batch, int64_t steps, int64_t* checked);
 
 // order: sequences by falling length; ends: [B], the inclusive sums of their lengths in that order. Writes first and step.
 void gru_plan(Stream stream, const int64_t* lengths, const int64_t* order, const int64_t* ends, int64_t batch, int64_t steps,

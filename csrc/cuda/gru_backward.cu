@@ -14,8 +14,8 @@
 #include <algorithm>
 #include <iterator>
 
-#include "cuda/gru_products.cuh"
 #include "cuda/gru_sweep.cuh"
+#include "cuda/pack.cuh"
 
 namespace dien_ops::cuda {
 namespace {
@@ -285,8 +285,8 @@ void gru_backward(Stream stream, const GruBackward<S>& p) {
         const SweepLayout l = backward_layout<Math>(p.hidden_size, p.rows());
         const int64_t H = p.hidden_size;
         // A column is a unit of h, k runs over r's units, z's, n's.
-        pack<Math>(stream, {p.weight_hh, 3 * H * H, "weight_hh"}, {3, H, H, H * H, 1, H},
-                   {l.tiles, 1, l.tiles / 3, 3 * l.unit_tiles}, {p.packed, gru_packed_size(p), "packed weight_hh"});
+        pack<Math, S>(stream, {p.weight_hh, 3 * H * H, "weight_hh"}, {3, H, H, H * H, 1, H},
+                      {l.tiles, 1, l.tiles / 3, 3 * l.unit_tiles}, {p.packed, gru_packed_size(p), "packed weight_hh"});
         const Grid grid = {sweep_blocks(p, l), 1, 1, 32 * l.warps, l.shared_bytes};
         const void* const read[] = {p.hx, p.output, p.gates, p.grad_output};
         const bool paired = H % 2 == 0 && std::all_of(std::begin(read), std::end(read), [](const void* array) {

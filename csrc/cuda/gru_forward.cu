@@ -9,8 +9,8 @@
 //
 // Where the reset gate comes before the product, the candidate's product waits for r h: a step has two halves and a barrier in
 // each.
-#include "cuda/gru_products.cuh"
 #include "cuda/gru_sweep.cuh"
+#include "cuda/pack.cuh"
 
 namespace dien_ops::cuda {
 namespace {
@@ -272,8 +272,8 @@ void gru_forward(Stream stream, const GruForward<S>& p) {
         const SweepLayout l = forward_layout<Math>(p.hidden_size, p.rows(), p.reset_after);
         const int64_t H = p.hidden_size;
         // A column is a unit of a gate, k runs over h; the gates of a unit tile side by side for every tile of k.
-        pack<Math>(stream, {p.weight_hh, 3 * H * H, "weight_hh"}, {3, H, H, H * H, H, 1}, {3 * l.tiles, 3, 1, 3 * l.unit_tiles},
-                   {p.packed, gru_packed_size(p), "packed weight_hh"});
+        pack<Math, S>(stream, {p.weight_hh, 3 * H * H, "weight_hh"}, {3, H, H, H * H, H, 1},
+                      {3 * l.tiles, 3, 1, 3 * l.unit_tiles}, {p.packed, gru_packed_size(p), "packed weight_hh"});
         const Grid grid = {sweep_blocks(p, l), 1, 1, 32 * l.warps, l.shared_bytes};
         with_layout<Math>(l, [&](auto row_tiles, auto state_shared) {
             with_constant(p.reset_after, [&](auto reset_after) {

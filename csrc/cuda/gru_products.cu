@@ -6,16 +6,15 @@
 // columns; its rows of A go through shared memory 64 numbers of k at a time, B comes packed from the L2 cache. A block of
 // outer_product takes 64 x 64 of a weight's gradient and one of `splits` parts of the entries, whose results reduce_parts adds
 // in order: the same inputs give the same bits.
-#include "cuda/gru_products.cuh"
-
 #include <algorithm>
 
+#include "cuda/elements.cuh"
 #include "cuda/gru_sweep.cuh"
+#include "cuda/pack.cuh"
 
 namespace dien_ops::cuda {
 namespace {
 
-constexpr int kThreads = 256;     // of element-wise kernels
 constexpr int kProductWarps = 4;  // of the products
 constexpr int kProductRows = 64;  // of A in shared memory
 constexpr int kStepDepth = 64;    // k at a time, in step_product
@@ -23,61 +22,24 @@ constexpr int kStepColumns = kProductWarps * 4 * kTileColumns;
 constexpr int kOuterColumns = 64;
 constexpr int kOuterDepth = 32;  // entries at a time
 
-Grid element_grid(int64_t n) { return {divide_up<int64_t>(n, kThreads), 1, 1, kThreads}; }
-
-DIEN_OPS_DEVICE int64_t element_index() { return block_index() * kThreads + thread_index(); }
-
 // ---------------------------------------------------------------------------------------------------------- the plan
 
-// stack allowed: 24 bytes (the arguments of the printf that names a wrong length)
-template <typename Int>
-DIEN_OPS_KERNEL(kThreads)
-void check_lengths(gmem<const Int> lengths, int64_t batch, int64_t steps, gmem<int64_t> checked) {
-    const int64_t b = element_index();
-    if (b >= batch) return;
-    const int64_t length = lengths.ld(b);
-    require(length >= 0 && length <= steps, "lengths must be in 0..%lld (T), got %lld at row %lld", steps, length, b);
-    checked.st(b, length);
-}
-
-DIEN_OPS_KERNEL(kThreads)
+DIEN_OPS_KERNEL(kElementThreads)
 void number_steps(gmem<const int64_t> lengths, gmem<const int64_t> order, gmem<const int64_t> ends, int64_t steps,
                   gmem<int64_t> first, gmem<int64_t> step) {
     const int64_t b = order.ld(block_index()), length = lengths.ld(b), begin = ends.ld(block_index()) - length;
     if (thread_index() == 0) first.st(b, begin);
-    for (int64_t t = thread_index(); t < length; t += kThreads) step.st(begin + t, b * steps + t);
+    for (int64_t t = thread_index(); t < length; t += kElementThreads) step.st(begin + t, b * steps + t);
 }
 
 template <typename S>
-DIEN_OPS_KERNEL(kThreads)
+DIEN_OPS_KERNEL(kElementThreads)
 void clear_padding(DevicePlan plan, gmem<S> tensor, Strides strides, int64_t width) {
     const int64_t b = block_index() / plan.targets, c = block_index() % plan.targets, length = plan.length(b);
     const int64_t begin = b * strides.b + c * strides.c;
-    for (int64_t i = thread_index(); i < (plan.steps - length) * width; i += kThreads) {
+    for (int64_t i = thread_index(); i < (plan.steps - length) * width; i += kElementThreads) {
         tensor.st(begin + (length + i / width) * strides.t + i % width, to_storage<S>(0));
     }
-}
-
-// ----------------------------------------------------------------------------------------------------------- packing
-
-template <typename Math>
-DIEN_OPS_KERNEL(kThreads)
-void pack_tiles(gmem<const typename Math::Storage> weight, PackedWeight w, PackedOrder order, int64_t numbers,
-                gmem<typename Math::Operand> packed) {
-    using T = Accumulator<Math>;
-    const int64_t i = element_index();
-    if (i >= numbers) return;
-    const int n = i % kTileColumns, k = i / kTileColumns % Math::kDepth;
-    const int64_t tile = i / kTileNumbers<Math>, gate_tiles = divide_up<int64_t>(w.columns, kTileColumns);
-    const int64_t column_tile = tile % order.column_tiles, k_tile = tile / order.column_tiles;
-    const int64_t gate = column_tile / gate_tiles, unit_tile = column_tile % gate_tiles;
-    const int64_t column = unit_tile * kTileColumns + n, depth = k_tile * Math::kDepth + k;
-    T value = 0;
-    if (gate < w.gates && column < w.columns && depth < w.depth) {
-        value = to_compute(weight.ld(gate * w.gate_stride + column * w.column_stride + depth * w.depth_stride));
-    }
-    const int64_t place = unit_tile * order.column + k_tile * order.depth + gate * order.gate;
-    packed.st(place * kTileNumbers<Math> + Math::position(n, k), Math::operand(value));
 }
 
 // ------------------------------------------------------------------------------------------------- products over steps
@@ -147,7 +109,7 @@ void step_product(DevicePlan plan, gmem<const typename Math::Storage> a, StepRow
 
 // The gradient of W x of a step: the sum over its sequence's targets, each times its score where that scales W x.
 template <typename S>
-DIEN_OPS_KERNEL(kThreads)
+DIEN_OPS_KERNEL(kElementThreads)
 void target_sums(DevicePlan plan, gmem<const S> grad_gates, int64_t gates_size, int64_t width, gmem<const S> attention,
                  Strides attention_strides, bool scaled, gmem<S> sums) {
     using T = Compute<S>;
@@ -258,7 +220,7 @@ void outer_product(DevicePlan plan, int64_t entries_per_step, gmem<const typenam
 
 // partial [splits, width]: the sums of the columns of a [entries, width].
 template <typename S>
-DIEN_OPS_KERNEL(kThreads)
+DIEN_OPS_KERNEL(kElementThreads)
 void column_sums(DevicePlan plan, gmem<const S> a, int64_t width, int64_t splits, gmem<Compute<S>> partial) {
     const int64_t j = element_index();
     if (j >= width) return;
@@ -268,19 +230,6 @@ void column_sums(DevicePlan plan, gmem<const S> a, int64_t width, int64_t splits
 #pragma unroll 8
     for (int64_t entry = total * block_index_y() / splits; entry < end; ++entry) sum += to_compute(a.ld(entry * width + j));
     partial.st(block_index_y() * width + j, sum);
-}
-
-// to [n] = the sum over splits of partial [splits, stride], its numbers from gap_at on taken `gap` further behind.
-template <typename S>
-DIEN_OPS_KERNEL(kThreads)
-void reduce_parts(gmem<const Compute<S>> partial, int64_t splits, int64_t stride, int64_t gap_at, int64_t gap, int64_t n,
-                  gmem<S> to) {
-    const int64_t i = element_index();
-    if (i >= n) return;
-    Compute<S> sum = 0;
-#pragma unroll 8
-    for (int64_t split = 0; split < splits; ++split) sum += partial.ld(split * stride + i + (i >= gap_at ? gap : 0));
-    to.st(i, to_storage<S>(sum));
 }
 
 // Parts of the entries, from the sizes alone: about 256 entries each, at most `most` of them, together at most 64 MiB.
@@ -317,26 +266,9 @@ Grid step_grid(const GruProblem<S>& p, int64_t column_tiles, int64_t operand_byt
 
 }  // namespace
 
-template <typename Math>
-void pack(Stream stream, const gmem<const typename Math::Storage>& weight, const PackedWeight& w, const PackedOrder& order,
-          const gmem<typename Math::Operand>& packed) {
-    const int64_t numbers = order.column_tiles * depth_tiles<Math>(w.depth) * kTileNumbers<Math>;
-    launch("gru_pack", pack_tiles<Math>, element_grid(numbers), stream, weight, w, order, numbers, packed);
-}
-
-void gru_lengths(Stream stream, const void* lengths, bool int32, int64_t batch, int64_t steps, int64_t* checked) {
-    const gmem<int64_t> to = {checked, batch, "lengths"};
-    const auto run = [&](auto zero) {
-        using Int = decltype(zero);
-        const gmem<const Int> from = {static_cast<const Int*>(lengths), batch, "lengths"};
-        launch("gru_lengths", check_lengths<Int>, element_grid(batch), stream, from, batch, steps, to);
-    };
-    int32 ? run(int32_t{}) : run(int64_t{});
-}
-
 void gru_plan(Stream stream, const int64_t* lengths, const int64_t* order, const int64_t* ends, int64_t batch, int64_t steps,
               int64_t* first, int64_t* step) {
-    launch("gru_plan", number_steps, Grid{batch, 1, 1, kThreads}, stream, gmem<const int64_t>{lengths, batch, "lengths"},
+    launch("gru_plan", number_steps, Grid{batch, 1, 1, kElementThreads}, stream, gmem<const int64_t>{lengths, batch, "lengths"},
            gmem<const int64_t>{order, batch, "order"}, gmem<const int64_t>{ends, batch, "ends"}, steps,
            gmem<int64_t>{first, batch, "first"}, gmem<int64_t>{step, batch * steps, "step"});
 }
@@ -364,8 +296,8 @@ void gru_projection(Stream stream, const GruProblem<S>& p, S* packed, Compute<S>
         const int64_t H = p.hidden_size, I = p.input_size, width = gru_projection_width(H);
         const int64_t tiles = step_column_tiles(width);
         const gmem<S> b = {packed, gru_packed_size(p), "packed weight_ih"};
-        pack<Math>(stream, {p.weight_ih, 3 * H * I, "weight_ih"}, {3, H, I, H * I, I, 1},
-                   {1, tiles, width / 3 / kTileColumns, tiles}, b);
+        pack<Math, S>(stream, {p.weight_ih, 3 * H * I, "weight_ih"}, {3, H, I, H * I, I, 1},
+                      {1, tiles, width / 3 / kTileColumns, tiles}, b);
         launch("gru_projection", step_product<Math, T>, step_grid(p, tiles, sizeof(S), 16), stream, DevicePlan(p),
                gmem<const S>{p.input, p.batch * p.steps * I, "input"}, input_rows(p), I,
                gmem<const S>{packed, gru_packed_size(p), "packed weight_ih"}, tiles,
@@ -390,8 +322,8 @@ void gru_input_gradient(Stream stream, const GruProblem<S>& p, const S* grad_gat
         const int64_t H = p.hidden_size, I = p.input_size, tiles = step_column_tiles(I);
         const int64_t stride = of_projection ? 3 * H : p.gates_size();
         const gmem<S> b = {packed, gru_packed_size(p), "packed weight_ih"};
-        pack<Math>(stream, {p.weight_ih, 3 * H * I, "weight_ih"}, {1, I, 3 * H, 0, 1, I},
-                   {1, tiles, divide_up<int64_t>(I, kTileColumns), tiles}, b);
+        pack<Math, S>(stream, {p.weight_ih, 3 * H * I, "weight_ih"}, {1, I, 3 * H, 0, 1, I},
+                      {1, tiles, divide_up<int64_t>(I, kTileColumns), tiles}, b);
         launch("gru_input_gradient", step_product<Math, S>, step_grid(p, tiles, sizeof(S), 16), stream, DevicePlan(p),
                gmem<const S>{of_projection ? of_projection : grad_gates, p.batch * p.steps * stride, "gradient of W x"},
                StepRows{false, 0, stride}, 3 * H, gmem<const S>{packed, gru_packed_size(p), "packed weight_ih"}, tiles,
@@ -457,8 +389,8 @@ void gru_weight_gradients(Stream stream, const GruProblem<S>& p, const GruWeight
         reduce(splits, 3 * H * H, 3 * H * H, 0, 3 * H * H, g.grad_weight_hh, "grad_weight_hh");
     });
 
-    launch("gru_bias_gradient", column_sums<S>, Grid{divide_up<int64_t>(size, kThreads), of_bias, 1, kThreads}, stream, plan,
-           grad_gates, size, of_bias, partial);
+    launch("gru_bias_gradient", column_sums<S>, Grid{divide_up<int64_t>(size, kElementThreads), of_bias, 1, kElementThreads},
+           stream, plan, grad_gates, size, of_bias, partial);
     reduce(of_bias, size, 3 * H, 0, 3 * H, g.grad_bias_ih, "grad_bias_ih");
     reduce(of_bias, size, 2 * H, p.reset_after ? H : 0, 3 * H, g.grad_bias_hh, "grad_bias_hh");
 }
@@ -467,7 +399,7 @@ template <typename S>
 void gru_clear_padding(Stream stream, const GruPlan& plan, int64_t batch, int64_t targets, int64_t steps, S* tensor,
                        const Strides& strides, int64_t width) {
     if (plan.lengths == nullptr) return;
-    launch("gru_clear_padding", clear_padding<S>, Grid{width == 0 ? 0 : batch * targets, 1, 1, kThreads}, stream,
+    launch("gru_clear_padding", clear_padding<S>, Grid{width == 0 ? 0 : batch * targets, 1, 1, kElementThreads}, stream,
            DevicePlan(plan, batch, targets, steps, false), gmem<S>{tensor, batch * targets * steps * width, "padding"}, strides,
            width);
 }
@@ -484,14 +416,5 @@ DIEN_OPS_INSTANTIATE(float)
 DIEN_OPS_INSTANTIATE(double)
 DIEN_OPS_INSTANTIATE(BFloat16)
 DIEN_OPS_INSTANTIATE(Half)
-
-#define DIEN_OPS_INSTANTIATE_PACK(Math)                                                                         \
-    template void pack<Math>(Stream, const gmem<const Math::Storage>&, const PackedWeight&, const PackedOrder&, \
-                             const gmem<Math::Operand>&);
-DIEN_OPS_INSTANTIATE_PACK(ExactMath<float>)
-DIEN_OPS_INSTANTIATE_PACK(ExactMath<double>)
-DIEN_OPS_INSTANTIATE_PACK(Tf32Math)
-DIEN_OPS_INSTANTIATE_PACK(HalfMath<BFloat16>)
-DIEN_OPS_INSTANTIATE_PACK(HalfMath<Half>)
 
 }  // namespace dien_ops::cuda

@@ -37,7 +37,7 @@ struct Arguments {
     std::vector<int64_t> sizes;  // outputs of the hidden layers
     Activation activation;
     bool batch_statistics, softmax;
-    double eps;
+    DiceEps eps;
     ScalarType dtype;
     Tensor query, keys;
     Tensors weights, biases, alphas;
@@ -64,7 +64,7 @@ struct Arguments {
 
 Arguments read_arguments(const Tensor& query, const Tensor& keys, const Tensors& weights, const Tensors& biases,
                          const Tensors& alphas, const OptionalTensor& lengths, const std::string& activation, double eps,
-                         bool softmax) {
+                         double variance_eps, bool softmax) {
     Arguments a;
     check(query.dim() == 3, "query must be 3-D, got shape ", to_string(sizes_of(query)));
     check(keys.dim() == 3, "keys must be 3-D, got shape ", to_string(sizes_of(keys)));
@@ -72,7 +72,7 @@ Arguments read_arguments(const Tensor& query, const Tensor& keys, const Tensors&
     a.B = keys.size(0), a.T = keys.size(1), a.D = keys.size(2), a.C = query.size(1);
     a.activation = parse_activation(activation);
     a.softmax = softmax;
-    a.eps = eps;
+    a.eps = {eps, variance_eps};
     a.dtype = keys.scalar_type();
     a.query = checked(query, "query", {a.B, a.C, a.D}, a.dtype);
     a.keys = checked(keys, "keys", sizes_of(keys), a.dtype);
@@ -219,8 +219,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_activation_unit(const Tensor& q
                                                                  const Tensors& weights, const Tensors& biases,
                                                                  const Tensors& alphas, const Tensors& running_means,
                                                                  const Tensors& running_vars, const OptionalTensor& lengths,
-                                                                 const std::string& activation, double eps, bool softmax) {
-    Arguments a = read_arguments(query, keys, weights, biases, alphas, lengths, activation, eps, softmax);
+                                                                 const std::string& activation, double eps, double variance_eps,
+                                                                 bool softmax) {
+    Arguments a = read_arguments(query, keys, weights, biases, alphas, lengths, activation, eps, variance_eps, softmax);
     a.batch_statistics = a.activation == Activation::dice && running_means.empty() && !a.sizes.empty();
     const size_t given = a.activation == Activation::dice && !a.batch_statistics ? a.sizes.size() : 0;
     check_count("running_means", running_means.size(), given);
@@ -303,8 +304,8 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> local_activation_unit_back
     const OptionalTensor& grad_pooled, const OptionalTensor& grad_scores, const Tensor& query, const Tensor& keys,
     const Tensors& weights, const Tensors& biases, const Tensors& alphas, const Tensor& statistics, const Tensor& hidden,
     const Tensor& scores, const OptionalTensor& lengths, const std::string& activation, bool batch_statistics, double eps,
-    bool softmax) {
-    Arguments a = read_arguments(query, keys, weights, biases, alphas, lengths, activation, eps, softmax);
+    double variance_eps, bool softmax) {
+    Arguments a = read_arguments(query, keys, weights, biases, alphas, lengths, activation, eps, variance_eps, softmax);
     a.batch_statistics = batch_statistics && a.activation == Activation::dice && !a.sizes.empty();
     const OptionalTensor dense_grad_pooled = checked(grad_pooled, "grad_pooled", {a.B, a.C, a.D}, a.dtype);
     const OptionalTensor dense_grad_scores = checked(grad_scores, "grad_scores", {a.B, a.C, a.T}, a.dtype);

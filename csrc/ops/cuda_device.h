@@ -3,6 +3,7 @@
 // (csrc/cuda/host) takes CPU tensors instead, and has neither.
 #pragma once
 
+#include "cuda/lengths.h"
 #include "ops/tensor.h"
 
 #ifdef DIEN_OPS_HOST_EXECUTOR
@@ -49,6 +50,15 @@ class CudaDevice {
     void* stream() const { return stream_; }
     Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) const {
         return torch::stable::empty(sizes, dtype, std::nullopt, device_);
+    }
+    // An int64 copy, checked on the device: nobody waits for it, so one outside of 0..steps is a device-side assertion.
+    Tensor lengths(const Tensor& given, int64_t batch, int64_t steps) const {
+        const ScalarType dtype = given.scalar_type();
+        check(dtype == ScalarType::Int || dtype == ScalarType::Long, "lengths must be int32 or int64");
+        const Tensor dense = checked(given, "lengths", {batch}, dtype, device_), result = empty({batch}, ScalarType::Long);
+        cuda::check_lengths(stream_, dense.const_data_ptr(), dtype == ScalarType::Int, batch, steps,
+                            mutable_pointer<int64_t>(result));
+        return result;
     }
 
   private:

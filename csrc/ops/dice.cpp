@@ -19,14 +19,14 @@ using cpu::DiceProblem;
 struct Arguments {
     int64_t B, T, C;  // an [N, C] input is one sequence of N steps
     ScalarType dtype;
-    double eps;
+    DiceEps eps;
     Tensor input, alpha;
     OptionalTensor weight, bias;
     std::vector<int64_t> lengths;
 };
 
 Arguments read_arguments(const Tensor& input, const Tensor& alpha, const OptionalTensor& weight, const OptionalTensor& bias,
-                         const OptionalTensor& lengths, double eps) {
+                         const OptionalTensor& lengths, double eps, double variance_eps) {
     Arguments a;
     check(input.dim() == 2 || input.dim() == 3, "input must be 2-D or 3-D, got shape ", to_string(sizes_of(input)));
     check(input.dim() == 3 || !lengths.has_value(), "lengths need a 3-D input, got shape ", to_string(sizes_of(input)));
@@ -34,7 +34,7 @@ Arguments read_arguments(const Tensor& input, const Tensor& alpha, const Optiona
     a.T = input.size(input.dim() - 2);
     a.C = input.size(input.dim() - 1);
     a.dtype = input.scalar_type();
-    a.eps = eps;
+    a.eps = {eps, variance_eps};
     a.input = checked(input, "input", sizes_of(input), a.dtype);
     a.alpha = checked(alpha, "alpha", {a.C}, a.dtype);
     a.weight = checked(weight, "weight", {a.C}, a.dtype);
@@ -62,8 +62,8 @@ DiceProblem<T> problem(const Arguments& a) {
 
 std::tuple<Tensor, Tensor, Tensor> dice(const Tensor& input, const Tensor& alpha, const OptionalTensor& mean,
                                         const OptionalTensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
-                                        const OptionalTensor& lengths, double eps) {
-    const Arguments a = read_arguments(input, alpha, weight, bias, lengths, eps);
+                                        const OptionalTensor& lengths, double eps, double variance_eps) {
+    const Arguments a = read_arguments(input, alpha, weight, bias, lengths, eps, variance_eps);
     check(mean.has_value() == var.has_value(), "mean and var must be given together");
     const OptionalTensor fixed_mean = checked(mean, "mean", {a.C}, a.dtype), fixed_var = checked(var, "var", {a.C}, a.dtype);
     const Tensor output = empty(sizes_of(input), a.dtype), columns = empty({4, a.C}, a.dtype);
@@ -95,8 +95,8 @@ std::tuple<Tensor, Tensor, Tensor> dice(const Tensor& input, const Tensor& alpha
 std::tuple<Tensor, Tensor, Tensor, Tensor> dice_backward(const Tensor& grad_output, const Tensor& input, const Tensor& alpha,
                                                          const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
                                                          const OptionalTensor& bias, const OptionalTensor& lengths,
-                                                         bool batch_statistics, double eps) {
-    const Arguments a = read_arguments(input, alpha, weight, bias, lengths, eps);
+                                                         bool batch_statistics, double eps, double variance_eps) {
+    const Arguments a = read_arguments(input, alpha, weight, bias, lengths, eps, variance_eps);
     const Tensor dense_grad_output = checked(grad_output, "grad_output", sizes_of(input), a.dtype);
     const Tensor dense_mean = checked(mean, "mean", {a.C}, a.dtype), dense_var = checked(var, "var", {a.C}, a.dtype);
     const Tensor grad_input = empty(sizes_of(input), a.dtype), grad_alpha = empty({a.C}, a.dtype);

@@ -38,18 +38,13 @@ Tensor inclusive_sums(const Tensor& values) {
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Plan make_plan(const CudaDevice& device, const OptionalTensor& lengths, const Tensor& input, int64_t batch, int64_t steps) {
+Plan make_plan(const CudaDevice& device, const OptionalTensor& lengths, int64_t batch, int64_t steps) {
     Plan plan;
     if (!lengths.has_value()) return plan;
-    check(lengths->scalar_type() == ScalarType::Int || lengths->scalar_type() == ScalarType::Long,
-          "lengths must be int32 or int64");
-    const Tensor dense = checked(*lengths, "lengths", {batch}, lengths->scalar_type(), input.device());
+    plan.lengths = device.lengths(*lengths, batch, steps);
     if (batch == 0) return plan;
-    plan.lengths = device.empty({batch}, ScalarType::Long);
     plan.first = device.empty({batch}, ScalarType::Long);
     plan.step = device.empty({batch * steps}, ScalarType::Long);
-    cuda::gru_lengths(device.stream(), dense.const_data_ptr(), dense.scalar_type() == ScalarType::Int, batch, steps,
-                      mutable_pointer<int64_t>(plan.lengths));
     Tensor falling;
     std::tie(falling, plan.order) = sort_falling(plan.lengths);
     plan.ends = inclusive_sums(falling);
@@ -95,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& input, const OptionalTensor
     const GruArguments a = read_gru_arguments(input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh, gate, reset_after,
                                               batch_first, reverse);
     const CudaDevice device(input);
-    const Plan plan = make_plan(device, lengths, input, a.B, a.T);
+    const Plan plan = make_plan(device, lengths, a.B, a.T);
     const Tensor output = device.empty(a.output_sizes(), a.dtype), h_n = device.empty(a.state_sizes(), a.dtype);
     const Tensor gates = device.empty(save_gates ? a.gates_sizes() : std::vector<int64_t>{0}, a.dtype);
     with_storage_type(a.dtype, "input", [&](auto zero) {
@@ -129,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
     const Tensor dense_gates = checked(gates, "gates", a.gates_sizes(), a.dtype, input.device());
 
     const CudaDevice device(input);
-    const Plan plan = make_plan(device, lengths, input, a.B, a.T);
+    const Plan plan = make_plan(device, lengths, a.B, a.T);
     const auto empty = [&](const std::vector<int64_t>& sizes) { return device.empty(sizes, a.dtype); };
     const GruGradients grads(a, empty);
     with_storage_type(a.dtype, "input", [&](auto zero) {

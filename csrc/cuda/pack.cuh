@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the sweeps need of gru_products.cu: weights packed for tile.cuh's products.
+// Weights packed for tile.cuh's products.
 #pragma once
 
-#include "cuda/gru.h"
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
 
@@ -22,8 +21,9 @@ struct PackedOrder {
     int64_t column_tiles;
 };
 
-template <typename Math>
-void pack(Stream stream, const gmem<const typename Math::Storage>& weight, const PackedWeight& w, const PackedOrder& order,
+// W: what the weight is stored in.
+template <typename Math, typename W>
+void pack(Stream stream, const gmem<const W>& weight, const PackedWeight& w, const PackedOrder& order,
           const gmem<typename Math::Operand>& packed);
 
 }  // namespace dien_ops::cuda
