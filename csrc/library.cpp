@@ -26,11 +26,11 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
 
     // attention: softmax_t(h_t W e_a). projected: W e_a, for the backward
     m.def(
-        "bilinear_attention(Tensor states, Tensor target, Tensor weight, Tensor? lengths) -> (Tensor scores, Tensor "
-        "projected)");
+        "bilinear_attention(Tensor states, Tensor target, Tensor weight, Tensor? lengths, bool allow_tf32) "
+        "-> (Tensor scores, Tensor projected)");
     m.def(
         "bilinear_attention_backward(Tensor grad_scores, Tensor states, Tensor target, Tensor weight, Tensor projected, "
-        "Tensor scores, Tensor? lengths) -> (Tensor grad_states, Tensor grad_target, Tensor grad_weight)");
+        "Tensor scores, Tensor? lengths, bool allow_tf32) -> (Tensor grad_states, Tensor grad_target, Tensor grad_weight)");
 
     // activation_unit: DIN's network over [q, k, q - k, q * k]. activation: sigmoid | prelu | dice. weights: one of each layer,
     // the output layer last; alphas: one of each hidden layer, none for the sigmoid. running_means and running_vars: one of
@@ -38,13 +38,13 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
     // variances used. hidden: what the backward needs with batch statistics
     m.def(
         "local_activation_unit(Tensor query, Tensor keys, Tensor[] weights, Tensor[] biases, Tensor[] alphas, "
-        "Tensor[] running_means, Tensor[] running_vars, Tensor? lengths, str activation, float eps, float variance_eps, bool "
-        "softmax) "
+        "Tensor[] running_means, Tensor[] running_vars, Tensor? lengths, str activation, float eps, float variance_eps, "
+        "bool softmax, bool allow_tf32) "
         "-> (Tensor pooled, Tensor scores, Tensor statistics, Tensor hidden)");
     m.def(
         "local_activation_unit_backward(Tensor? grad_pooled, Tensor? grad_scores, Tensor query, Tensor keys, Tensor[] weights, "
         "Tensor[] biases, Tensor[] alphas, Tensor statistics, Tensor hidden, Tensor scores, Tensor? lengths, str activation, "
-        "bool batch_statistics, float eps, float variance_eps, bool softmax) "
+        "bool batch_statistics, float eps, float variance_eps, bool softmax, bool allow_tf32) "
         "-> (Tensor grad_query, Tensor grad_keys, Tensor[] grad_weights, Tensor[] grad_biases, Tensor[] grad_alphas)");
 
     // dice: with mean and var where they are given, else with those of the input; used_mean and used_var: either of them

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dien_ops import _checks, reference
+from dien_ops import _checks, _precision, reference
 from dien_ops._autograd import backward_of_backward
 from dien_ops.dice import Dice, check_average, check_options, update_running_statistics
 
@@ -34,6 +34,7 @@ def _fake(
     eps: float,
     variance_eps: float,
     softmax: bool,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = query.shape[0] * query.shape[1] * keys.shape[1]
     sizes = [weight.shape[0] for weight in weights[:-1]]
@@ -64,14 +65,14 @@ def _backward_fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, keys, weights, biases, alphas, running_means, _, lengths, activation, *eps, softmax = inputs
+    query, keys, weights, biases, alphas, running_means, _, lengths, activation, *options = inputs
     _, scores, statistics, hidden = output
     batch_statistics = activation == "dice" and not running_means
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(statistics, hidden)
     ctx.save_for_backward(query, keys, *weights, *biases, *alphas, statistics, hidden, scores, lengths)
     ctx.counts, ctx.averages = (len(weights), len(biases), len(alphas)), len(running_means)
-    ctx.options = (activation, batch_statistics, *eps, softmax)
+    ctx.options = (activation, batch_statistics, *options)
 
 
 def _split(tensors: Sequence[Any], counts: Sequence[int]) -> tuple[list[list[Any]], Sequence[Any]]:
@@ -90,7 +91,7 @@ def _backward(ctx: Any, grad_pooled: Tensor | None, grad_scores: Tensor | None, 
         grad_pooled, grad_scores, query, keys, *parameters, statistics, hidden, scores, lengths, *ctx.options
     )
     averages = [None] * ctx.averages
-    return (*grads, averages, averages, None, None, None, None, None)
+    return (*grads, averages, averages, *[None] * 6)
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -109,7 +110,7 @@ def _double_backward(
     for_alphas: list[Tensor | None],
 ) -> tuple[Any, ...]:
     grad_pooled, grad_scores, *primals, statistics, lengths = ctx.saved_tensors
-    activation, batch_statistics, eps, variance_eps, softmax = ctx.options
+    activation, batch_statistics, eps, variance_eps, softmax, _ = ctx.options
     averages: list[Sequence[Tensor]] = [(), ()]
     if activation == "dice" and not batch_statistics:
         sizes = [weight.shape[0] for weight in primals[2 : 1 + ctx.counts[0]]]
@@ -127,7 +128,7 @@ def _double_backward(
     grad_grads = [for_query, for_keys, *for_weights, *for_biases, *for_alphas]
     (for_pooled, for_scores), found = backward_of_backward(equations, primals, [grad_pooled, grad_scores], grad_grads)
     parameters, _ = _split(found[2:], ctx.counts)
-    return (for_pooled, for_scores, *found[:2], *parameters, *[None] * 9)
+    return (for_pooled, for_scores, *found[:2], *parameters, *[None] * 10)
 
 
 torch.library.register_autograd("dien_ops::local_activation_unit", _backward, setup_context=_save_for_backward)
@@ -211,7 +212,18 @@ def local_activation_unit(
     several = query.dim() == 3
     queries = query if several else query.unsqueeze(1)
     pooled, scores, statistics, _ = torch.ops.dien_ops.local_activation_unit(
-        queries, keys, weights, biases, list(alphas), *averages, lengths, activation, eps, variance_eps, softmax
+        queries,
+        keys,
+        weights,
+        biases,
+        list(alphas),
+        *averages,
+        lengths,
+        activation,
+        eps,
+        variance_eps,
+        softmax,
+        _precision.allow_tf32(keys, "matmul"),
     )
     if dice and training and running_means:
         steps = lengths.sum() if lengths is not None else torch.full((), keys.shape[:2].numel())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dien_ops import _checks, reference
+from dien_ops import _checks, _precision, reference
 from dien_ops._autograd import backward_of_backward
 
 # -------------------------------------------------------------------------------------------------- operators
@@ -17,7 +17,7 @@ from dien_ops._autograd import backward_of_backward
 
 @torch.library.register_fake("dien_ops::bilinear_attention")
 def _bilinear_attention_fake(
-    states: Tensor, target: Tensor, weight: Tensor, lengths: Tensor | None
+    states: Tensor, target: Tensor, weight: Tensor, lengths: Tensor | None, allow_tf32: bool
 ) -> tuple[Tensor, Tensor]:
     batch, steps, hidden = states.shape
     targets = target.size(1)
@@ -33,12 +33,13 @@ def _bilinear_attention_backward_fake(
     projected: Tensor,
     scores: Tensor,
     lengths: Tensor | None,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return states.new_empty(states.shape), target.new_empty(target.shape), weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    states, target, weight, lengths = inputs
+    states, target, weight, lengths, ctx.allow_tf32 = inputs
     scores, projected = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(projected)
@@ -47,12 +48,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_scores: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_scores is None:
-        return None, None, None, None
-    return *torch.ops.dien_ops.bilinear_attention_backward(grad_scores, *ctx.saved_tensors), None
+        return (None,) * 5
+    grads = torch.ops.dien_ops.bilinear_attention_backward(grad_scores, *ctx.saved_tensors, ctx.allow_tf32)
+    return *grads, None, None
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_scores, states, target, weight, _, _, lengths = inputs
+    grad_scores, states, target, weight, _, _, lengths, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_scores, states, target, weight, lengths)
 
@@ -64,7 +66,7 @@ def _double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | Non
         return (reference.bilinear_attention(states, target, weight, lengths=lengths),)
 
     (for_scores,), for_inputs = backward_of_backward(equations, (states, target, weight), (grad_scores,), grad_grads)
-    return for_scores, *for_inputs, None, None, None
+    return for_scores, *for_inputs, None, None, None, None
 
 
 torch.library.register_autograd("dien_ops::bilinear_attention", _backward, setup_context=_setup_context)
@@ -114,7 +116,9 @@ def bilinear_attention(states: Tensor, target: Tensor, weight: Tensor, *, length
     several = target.dim() == 3
     targets = target if several else target.unsqueeze(1)
     scores: Tensor
-    scores, _ = torch.ops.dien_ops.bilinear_attention(states, targets, weight, lengths)
+    scores, _ = torch.ops.dien_ops.bilinear_attention(
+        states, targets, weight, lengths, _precision.allow_tf32(states, "matmul")
+    )
     return scores if several else scores.squeeze(1)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dien_ops import _autocast, _checks, reference
+from dien_ops import _checks, _precision, reference
 from dien_ops._autograd import backward_of_backward
 
 ATTENTIONAL_GATES = ("paper", "authors", "replace", "input")
@@ -197,17 +197,6 @@ torch.library.register_vmap("dien_ops::gru", partial(_gru_vmap, torch.ops.dien_o
 # --------------------------------------------------------------------------------------------------------- functional
 
 
-@torch.compiler.assume_constant_result  # as it is while compiling: the compiler does not look into torch.backends
-def _tf32_is_allowed() -> bool:
-    rnn: Any = torch.backends.cudnn.rnn
-    return bool(rnn.fp32_precision == "tf32")
-
-
-def allow_tf32(input: Tensor) -> bool:
-    """Whether products of float32 may round their operands to tf32: where nn.GRU's may."""
-    return input.device.type == "cuda" and input.dtype == torch.float32 and _tf32_is_allowed()
-
-
 def _run(
     input: Tensor,
     attention: Tensor | None,
@@ -229,11 +218,11 @@ def _run(
     _checks.boolean("batch_first", batch_first)
     _checks.boolean("reverse", reverse)
     kept = None
-    dtype = _autocast.dtype_for(input)
+    dtype = _precision.autocast_dtype(input)
     if dtype is not None:
         if not input.is_cuda:
             kept = torch.promote_types((hx if isinstance(hx, Tensor) else input).dtype, dtype)
-        input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh = _autocast.cast(
+        input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh = _precision.cast(
             dtype, input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh
         )
     _checks.supported("input", input, _checks.ANY_PRECISION, cuda_kernels=True)
@@ -266,7 +255,7 @@ def _run(
     _checks.shape("hx", hx, [*rows, hidden], meaning)
     output, h_n, _ = _differentiable_gru(
         input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh, lengths,
-        gate, reset_after, batch_first, reverse, allow_tf32(input), False,
+        gate, reset_after, batch_first, reverse, _precision.allow_tf32(input, "rnn"), False,
     )  # fmt: skip
     return (output, h_n) if kept is None else (output.to(kept), h_n.to(kept))
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from dien_ops import _autocast, _checks, gru_weights
+from dien_ops import _checks, _precision, gru_weights
 from dien_ops.gru import attentional_gru, gru
 
 _GRU = TypeVar("_GRU", bound="GRU")
@@ -61,7 +61,7 @@ class _Recurrent(nn.Module):
     def _check_input(self, input: Tensor) -> None:
         """Its features and its dtype against the parameters'."""
         parameter = next(self.parameters(), None)  # None where code has put plain tensors in the parameters' places
-        if parameter is not None and input.dtype != parameter.dtype and _autocast.dtype_for(input) is None:
+        if parameter is not None and input.dtype != parameter.dtype and _precision.autocast_dtype(input) is None:
             convertible = input.dtype in _checks.ANY_PRECISION
             raise ValueError(
                 f"input must have the dtype of the parameters: expected {parameter.dtype}, got {input.dtype}; convert "
@@ -302,7 +302,7 @@ class GRU(_Recurrent):
         expected = (self.num_layers * len(self._directions), batch, self.hidden_size)
         if tuple(hx.shape) != expected:
             raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.shape)}")
-        if hx.dtype != input.dtype and _autocast.dtype_for(input) is None:
+        if hx.dtype != input.dtype and _precision.autocast_dtype(input) is None:
             raise RuntimeError(f"hx must have the dtype of input: expected {input.dtype}, got {hx.dtype}")
 
     def _run_layers(

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from dien_ops import _C, _checks, _library
-from dien_ops.gru import allow_tf32
+from dien_ops import _C, _checks, _library, _precision
 
 
 def collect() -> dict[str, str]:
@@ -77,7 +76,9 @@ def gru_residence(
 
 
 def _residence(like: torch.Tensor, hidden_size: int, reset_after: bool = True) -> GRUResidence:
-    return GRUResidence(*torch.ops.dien_ops.gru_residence(like, hidden_size, reset_after, allow_tf32(like)))
+    return GRUResidence(
+        *torch.ops.dien_ops.gru_residence(like, hidden_size, reset_after, _precision.allow_tf32(like, "rnn"))
+    )
 
 
 def _largest_resident_size(like: torch.Tensor) -> int:

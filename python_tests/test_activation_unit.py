@@ -197,13 +197,13 @@ def test_the_operators_pass_opcheck(activation, training):
     case = Case((3, 2, 5, 4, (6, 3)), activation, torch.float32)
     averages = ([], []) if training else (case.running_means, case.running_vars)
     parameters = (case.weights, case.biases, case.alphas)
-    forward = (case.query, case.keys, *parameters, *averages, case.lengths, activation, 1e-3, 1e-2, True)
+    forward = (case.query, case.keys, *parameters, *averages, case.lengths, activation, 1e-3, 1e-2, True, False)
     torch.library.opcheck(torch.ops.dien_ops.local_activation_unit.default, forward)
     pooled, scores, statistics, hidden = torch.ops.dien_ops.local_activation_unit(*forward)
     batch_statistics = activation == "dice" and training
     backward = (
         leaf(*pooled.shape, dtype=torch.float32), None, case.query, case.keys, *parameters, statistics, hidden,
-        scores.detach(), case.lengths, activation, batch_statistics, 1e-3, 1e-2, True,
+        scores.detach(), case.lengths, activation, batch_statistics, 1e-3, 1e-2, True, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.dien_ops.local_activation_unit_backward.default, backward)
 

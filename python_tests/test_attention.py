@@ -128,8 +128,8 @@ def test_the_operators_pass_opcheck():
     states, target, weight = arguments((3, 2, 5, 4, 3), torch.float32)
     lengths = torch.tensor([5, 0, 2])
     for given in (None, lengths, lengths.int()):
-        torch.library.opcheck(torch.ops.dien_ops.bilinear_attention.default, (states, target, weight, given))
-    scores, projected = torch.ops.dien_ops.bilinear_attention(states, target, weight, lengths)
+        torch.library.opcheck(torch.ops.dien_ops.bilinear_attention.default, (states, target, weight, given, False))
+    scores, projected = torch.ops.dien_ops.bilinear_attention(states, target, weight, lengths, False)
     backward = (
         leaf(3, 2, 5, dtype=torch.float32),
         states,
@@ -138,6 +138,7 @@ def test_the_operators_pass_opcheck():
         projected,
         scores.detach(),
         lengths,
+        False,
     )
     torch.library.opcheck(torch.ops.dien_ops.bilinear_attention_backward.default, backward)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import dien_ops
-from dien_ops import _autocast, _library, functional, reference
+from dien_ops import _library, _precision, functional, reference
 from gru_cases import (
     CELLS,
     GATES,
@@ -440,6 +440,6 @@ def test_where_the_cuda_kernels_are_loaded_a_cuda_tensor_is_taken(loaded):
     ids=str,
 )
 def test_on_cuda_autocast_gives_its_own_dtype_and_leaves_float64_alone(arguments, hx, autocast, loaded, monkeypatch):
-    monkeypatch.setattr(_autocast, "dtype_for", lambda input: autocast)  # torch refuses where there is no GPU
+    monkeypatch.setattr(_precision, "autocast_dtype", lambda input: autocast)  # torch refuses where there is no GPU
     expected = torch.float64 if arguments == torch.float64 else autocast
     assert [y.dtype for y in on_cuda(arguments, hx)] == [expected] * 2

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import dien_ops
 import dien_ops.info
-from dien_ops import functional, reference
+from dien_ops import _precision, functional, reference
 from gru_cases import (
     CELLS,
     RESETS,
@@ -87,7 +87,7 @@ def test_float32_is_rounded_to_tf32_only_where_that_is_allowed(monkeypatch):
     exact = case.to(torch.float64).results(reference)
     errors = []
     for allowed in (False, True):
-        monkeypatch.setattr(dien_ops.gru, "allow_tf32", lambda input, allowed=allowed: allowed)
+        monkeypatch.setattr(_precision, "allow_tf32", lambda input, backend, allowed=allowed: allowed)
         results = [x.detach() for x in case.results(functional)]
         errors.append(max(float((a - e.detach()).abs().max()) for a, e in zip(results, exact, strict=True)))
     assert errors[0] < 1e-5 and 20 * errors[0] < errors[1]
@@ -99,7 +99,7 @@ def test_tf32_is_allowed_where_it_is_for_nn_gru(precision, allowed):
     before = rnn.fp32_precision
     try:
         rnn.fp32_precision = precision
-        assert dien_ops.gru._tf32_is_allowed() is allowed
+        assert _precision._tf32_is_allowed("rnn") is allowed
     finally:
         rnn.fp32_precision = before
 

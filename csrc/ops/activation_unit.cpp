@@ -220,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_activation_unit(const Tensor& q
                                                                  const Tensors& alphas, const Tensors& running_means,
                                                                  const Tensors& running_vars, const OptionalTensor& lengths,
                                                                  const std::string& activation, double eps, double variance_eps,
-                                                                 bool softmax) {
+                                                                 bool softmax, [[maybe_unused]] bool allow_tf32) {
     Arguments a = read_arguments(query, keys, weights, biases, alphas, lengths, activation, eps, variance_eps, softmax);
     a.batch_statistics = a.activation == Activation::dice && running_means.empty() && !a.sizes.empty();
     const size_t given = a.activation == Activation::dice && !a.batch_statistics ? a.sizes.size() : 0;
@@ -304,7 +304,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> local_activation_unit_back
     const OptionalTensor& grad_pooled, const OptionalTensor& grad_scores, const Tensor& query, const Tensor& keys,
     const Tensors& weights, const Tensors& biases, const Tensors& alphas, const Tensor& statistics, const Tensor& hidden,
     const Tensor& scores, const OptionalTensor& lengths, const std::string& activation, bool batch_statistics, double eps,
-    double variance_eps, bool softmax) {
+    double variance_eps, bool softmax, [[maybe_unused]] bool allow_tf32) {
     Arguments a = read_arguments(query, keys, weights, biases, alphas, lengths, activation, eps, variance_eps, softmax);
     a.batch_statistics = batch_statistics && a.activation == Activation::dice && !a.sizes.empty();
     const OptionalTensor dense_grad_pooled = checked(grad_pooled, "grad_pooled", {a.B, a.C, a.D}, a.dtype);

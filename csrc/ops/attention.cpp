@@ -52,7 +52,7 @@ BilinearAttentionProblem<T> problem(const Arguments& a) {
 }
 
 std::tuple<Tensor, Tensor> bilinear_attention(const Tensor& states, const Tensor& target, const Tensor& weight,
-                                              const OptionalTensor& lengths) {
+                                              const OptionalTensor& lengths, [[maybe_unused]] bool allow_tf32) {
     const Arguments a = read_arguments(states, target, weight, lengths);
     const Tensor scores = empty({a.B, a.C, a.T}, a.dtype), projected = empty({a.B, a.C, a.H}, a.dtype);
     with_floating_type(a.dtype, "states", [&](auto zero) {
@@ -73,7 +73,8 @@ std::tuple<Tensor, Tensor> bilinear_attention(const Tensor& states, const Tensor
 std::tuple<Tensor, Tensor, Tensor> bilinear_attention_backward(const Tensor& grad_scores, const Tensor& states,
                                                                const Tensor& target, const Tensor& weight,
                                                                const Tensor& projected, const Tensor& scores,
-                                                               const OptionalTensor& lengths) {
+                                                               const OptionalTensor& lengths,
+                                                               [[maybe_unused]] bool allow_tf32) {
     const Arguments a = read_arguments(states, target, weight, lengths);
     const Tensor dense_grad_scores = checked(grad_scores, "grad_scores", {a.B, a.C, a.T}, a.dtype);
     const Tensor dense_projected = checked(projected, "projected", {a.B, a.C, a.H}, a.dtype);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``torch.autocast`` asks of an operator of ours: the same as of torch's."""
+"""What torch's settings of precision ask of our operators: the same as of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def dtype_for(tensor: Tensor) -> torch.dtype | None:
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """What products on the tensor's device are computed in; None where autocast is off."""
     device = tensor.device.type
     enabled = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
@@ -24,3 +24,15 @@ def cast(dtype: torch.dtype | None, *values: Any) -> tuple[Any, ...]:
         return x.to(dtype) if dtype is not None and eligible else x
 
     return tuple(one(x) for x in values)
+
+
+@torch.compiler.assume_constant_result  # as they are while compiling: the compiler does not look into torch.backends
+def _tf32_is_allowed(backend: str) -> bool:
+    settings: Any = torch.backends.cudnn.rnn if backend == "rnn" else torch.backends.cuda.matmul
+    return bool(settings.fp32_precision == "tf32")
+
+
+def allow_tf32(tensor: Tensor, backend: str) -> bool:
+    """Whether products of float32 may round their operands to tf32: where those of nn.GRU ("rnn") or of nn.Linear
+    ("matmul") may."""
+    return tensor.device.type == "cuda" and tensor.dtype == torch.float32 and _tf32_is_allowed(backend)
