@@ -15,15 +15,14 @@
 
 #include <cstdint>
 
+#include "common/activation_unit.h"
 #include "common/dice.h"
 #include "cpu/capability.h"
 
 namespace dien_ops::cpu {
 
-enum class Activation { sigmoid, prelu, dice };
+// Hidden values have rows of `width` = outputs rounded up to kUnitAlignment bytes, so that no loop over them has a remainder.
 
-// Hidden values have rows of `width` = outputs, rounded up to kUnitAlignment bytes, so that no loop over them has a remainder.
-constexpr int64_t kUnitAlignment = 64;
 // The widest panels of packed weights (cpu/gemm.h) of any instruction set, in bytes.
 constexpr int64_t kUnitLargestPanel = 192;
 

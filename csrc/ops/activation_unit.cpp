@@ -5,12 +5,11 @@
 #include <algorithm>
 #include <tuple>
 
-#include "ops/tensor.h"
+#include "ops/activation_unit_arguments.h"
 
 namespace dien_ops::ops {
 namespace {
 
-using cpu::Activation;
 using cpu::UnitBackward;
 using cpu::UnitForward;
 using cpu::UnitLayer;
@@ -18,80 +17,12 @@ using cpu::UnitMatrix;
 using cpu::UnitPair;
 using cpu::UnitProblem;
 
-using Tensors = std::vector<Tensor>;
-
-Activation parse_activation(const std::string& name) {
-    if (name == "sigmoid") return Activation::sigmoid;
-    if (name == "prelu") return Activation::prelu;
-    if (name == "dice") return Activation::dice;
-    throw std::runtime_error("activation must be one of sigmoid, prelu, dice; got " + name);
-}
-
-void check_count(const char* argument, size_t count, size_t expected) {
-    check(count == expected, argument, " must have ", expected, " tensors, got ", count);
-}
-
-// The tensors of a call, checked and contiguous.
-struct Arguments {
-    int64_t B, C, T, D;
-    std::vector<int64_t> sizes;  // outputs of the hidden layers
-    Activation activation;
-    bool batch_statistics, softmax;
-    DiceEps eps;
-    ScalarType dtype;
-    Tensor query, keys;
-    Tensors weights, biases, alphas;
+// The tensors of a call and the steps that are valid.
+struct Arguments : UnitArguments {
     std::vector<int64_t> lengths;
 
-    int64_t hidden_layers() const { return int64_t(sizes.size()); }
-    int64_t padded(int64_t n) const {
-        const int64_t step = cpu::kUnitAlignment / (dtype == ScalarType::Double ? sizeof(double) : sizeof(float));
-        return divide_up(n, step) * step;
-    }
-    int64_t total_width() const {
-        int64_t total = 0;
-        for (const int64_t size : sizes) total += padded(size);
-        return total;
-    }
-    int64_t total_size() const {
-        int64_t total = 0;
-        for (const int64_t size : sizes) total += size;
-        return total;
-    }
-    // The values before the activations are kept where they cannot be computed anew tile by tile.
-    std::vector<int64_t> kept_sizes() const { return {batch_statistics ? B * C * T * total_width() : 0}; }
+    Arguments(const UnitArguments& a, const OptionalTensor& given) : UnitArguments(a), lengths(read_lengths(given, a.B, a.T)) {}
 };
-
-Arguments read_arguments(const Tensor& query, const Tensor& keys, const Tensors& weights, const Tensors& biases,
-                         const Tensors& alphas, const OptionalTensor& lengths, const std::string& activation, double eps,
-                         double variance_eps, bool softmax) {
-    Arguments a;
-    check(query.dim() == 3, "query must be 3-D, got shape ", to_string(sizes_of(query)));
-    check(keys.dim() == 3, "keys must be 3-D, got shape ", to_string(sizes_of(keys)));
-    check(!weights.empty(), "weights must have at least one tensor");
-    a.B = keys.size(0), a.T = keys.size(1), a.D = keys.size(2), a.C = query.size(1);
-    a.activation = parse_activation(activation);
-    a.softmax = softmax;
-    a.eps = {eps, variance_eps};
-    a.dtype = keys.scalar_type();
-    a.query = checked(query, "query", {a.B, a.C, a.D}, a.dtype);
-    a.keys = checked(keys, "keys", sizes_of(keys), a.dtype);
-    check_count("biases", biases.size(), weights.size());
-    check_count("alphas", alphas.size(), a.activation == Activation::sigmoid ? 0 : weights.size() - 1);
-    int64_t inputs = 4 * a.D;
-    for (size_t i = 0; i < weights.size(); ++i) {
-        const bool last = i + 1 == weights.size();
-        check(weights[i].dim() == 2, "weights must be 2-D, got shape ", to_string(sizes_of(weights[i])), " at layer ", i);
-        const int64_t outputs = last ? 1 : weights[i].size(0);
-        a.weights.push_back(checked(weights[i], "weights", {outputs, inputs}, a.dtype));
-        a.biases.push_back(checked(biases[i], "biases", {outputs}, a.dtype));
-        if (!last) a.sizes.push_back(outputs);
-        if (!last && !alphas.empty()) a.alphas.push_back(checked(alphas[i], "alphas", {outputs}, a.dtype));
-        inputs = outputs;
-    }
-    a.lengths = read_lengths(lengths, a.B, a.T);
-    return a;
-}
 
 // The work, cut up. Depends on shapes and lengths alone.
 struct Plan {
@@ -221,22 +152,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_activation_unit(const Tensor& q
                                                                  const Tensors& running_vars, const OptionalTensor& lengths,
                                                                  const std::string& activation, double eps, double variance_eps,
                                                                  bool softmax, [[maybe_unused]] bool allow_tf32) {
-    Arguments a = read_arguments(query, keys, weights, biases, alphas, lengths, activation, eps, variance_eps, softmax);
-    a.batch_statistics = a.activation == Activation::dice && running_means.empty() && !a.sizes.empty();
-    const size_t given = a.activation == Activation::dice && !a.batch_statistics ? a.sizes.size() : 0;
-    check_count("running_means", running_means.size(), given);
-    check_count("running_vars", running_vars.size(), given);
+    const Arguments a(read_unit_arguments(query, keys, weights, biases, alphas, activation, running_means.empty(), eps,
+                                          variance_eps, softmax),
+                      lengths);
+    const auto [means, vars] = read_running_statistics(a, running_means, running_vars);
     const Plan plan(a);
-    const Tensor pooled = zeros({a.B, a.C, a.D}, a.dtype), scores = zeros({a.B, a.C, a.T}, a.dtype);
-    const Tensor statistics = zeros({2, a.total_size()}, a.dtype), hidden = empty(a.kept_sizes(), a.dtype);
+    const Tensor pooled = zeros(a.pooled_sizes(), a.dtype), scores = zeros(a.score_sizes(), a.dtype);
+    const Tensor statistics = zeros(a.statistics_sizes(), a.dtype), hidden = empty(a.hidden_sizes(), a.dtype);
     with_floating_type(a.dtype, "keys", [&](auto zero) {
         using T = decltype(zero);
         Work<T> work(a, plan);
-        for (size_t i = 0; i < given; ++i) {
-            const Tensor mean = checked(running_means[i], "running_means", {a.sizes[i]}, a.dtype);
-            const Tensor var = checked(running_vars[i], "running_vars", {a.sizes[i]}, a.dtype);
-            std::copy_n(pointer<T>(mean), a.sizes[i], work.layers[i].mean);
-            std::copy_n(pointer<T>(var), a.sizes[i], work.layers[i].var);
+        for (size_t i = 0; i < means.size(); ++i) {
+            std::copy_n(pointer<T>(means[i]), a.sizes[i], work.layers[i].mean);
+            std::copy_n(pointer<T>(vars[i]), a.sizes[i], work.layers[i].var);
         }
         UnitForward<T> p{work.problem};
         int64_t widest = 0;
@@ -272,8 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_activation_unit(const Tensor& q
 
 // The gradients of the parameters in torch's layout, from the sum of the partitions' shares.
 template <typename T>
-void write_parameter_gradients(const Arguments& a, const Work<T>& work, const UnitBackward<T>& p, const Tensors& grad_weights,
-                               const Tensors& grad_biases, const Tensors& grad_alphas) {
+void write_parameter_gradients(const Arguments& a, const Work<T>& work, const UnitBackward<T>& p, const UnitGradients& grads) {
     const auto write = [&](const UnitMatrix<T>& m, const UnitMatrix<T>* subtract, T* out, int64_t stride) {
         for (int64_t o = 0; o < m.outputs; ++o) {
             for (int64_t i = 0; i < m.inputs; ++i) {
@@ -283,21 +210,21 @@ void write_parameter_gradients(const Arguments& a, const Work<T>& work, const Un
             }
         }
     };
-    T* first = mutable_pointer<T>(grad_weights[0]);
+    T* first = mutable_pointer<T>(grads.weights[0]);
     write(p.query_matrix, nullptr, first, 4 * a.D);
     write(work.layers[0].matrix, nullptr, first + a.D, 4 * a.D);
     write(p.query_matrix, &work.layers[0].matrix, first + 2 * a.D, 4 * a.D);  // d: in W_q + W_d and in W_k - W_d
     write(p.product_matrix, nullptr, first + 3 * a.D, 4 * a.D);
     for (size_t i = 0; i < work.layers.size(); ++i) {
         const UnitLayer<T>& l = work.layers[i];
-        if (i > 0) write(l.matrix, nullptr, mutable_pointer<T>(grad_weights[i]), l.matrix.inputs);
+        if (i > 0) write(l.matrix, nullptr, mutable_pointer<T>(grads.weights[i]), l.matrix.inputs);
         const double* sums = p.sums + 4 * l.offset;
-        std::copy_n(sums + 3 * l.matrix.width, l.matrix.outputs, mutable_pointer<T>(grad_biases[i]));
-        if (!a.alphas.empty()) std::copy_n(sums, l.matrix.outputs, mutable_pointer<T>(grad_alphas[i]));
+        std::copy_n(sums + 3 * l.matrix.width, l.matrix.outputs, mutable_pointer<T>(grads.biases[i]));
+        if (!a.alphas.empty()) std::copy_n(sums, l.matrix.outputs, mutable_pointer<T>(grads.alphas[i]));
     }
     if (a.sizes.empty()) return;
-    std::copy_n(p.shares + p.output_gradient, a.sizes.back(), mutable_pointer<T>(grad_weights.back()));
-    *mutable_pointer<T>(grad_biases.back()) = T(p.sums[4 * p.total_width]);
+    std::copy_n(p.shares + p.output_gradient, a.sizes.back(), mutable_pointer<T>(grads.weights.back()));
+    *mutable_pointer<T>(grads.biases.back()) = T(p.sums[4 * p.total_width]);
 }
 
 std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> local_activation_unit_backward(
@@ -305,38 +232,31 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> local_activation_unit_back
     const Tensors& weights, const Tensors& biases, const Tensors& alphas, const Tensor& statistics, const Tensor& hidden,
     const Tensor& scores, const OptionalTensor& lengths, const std::string& activation, bool batch_statistics, double eps,
     double variance_eps, bool softmax, [[maybe_unused]] bool allow_tf32) {
-    Arguments a = read_arguments(query, keys, weights, biases, alphas, lengths, activation, eps, variance_eps, softmax);
-    a.batch_statistics = batch_statistics && a.activation == Activation::dice && !a.sizes.empty();
-    const OptionalTensor dense_grad_pooled = checked(grad_pooled, "grad_pooled", {a.B, a.C, a.D}, a.dtype);
-    const OptionalTensor dense_grad_scores = checked(grad_scores, "grad_scores", {a.B, a.C, a.T}, a.dtype);
-    const Tensor dense_scores = checked(scores, "scores", {a.B, a.C, a.T}, a.dtype);
-    const Tensor dense_statistics = checked(statistics, "statistics", {2, a.total_size()}, a.dtype);
-    const Tensor dense_hidden = checked(hidden, "hidden", a.kept_sizes(), a.dtype);
+    const Arguments a(
+        read_unit_arguments(query, keys, weights, biases, alphas, activation, batch_statistics, eps, variance_eps, softmax),
+        lengths);
+    const UnitBackwardArguments given(a, grad_pooled, grad_scores, statistics, hidden, scores);
     const Plan plan(a);
-    const Tensor grad_query = zeros({a.B, a.C, a.D}, a.dtype), grad_keys = zeros({a.B, a.T, a.D}, a.dtype);
-    Tensors grad_weights, grad_biases, grad_alphas;
-    for (const Tensor& t : a.weights) grad_weights.push_back(zeros(sizes_of(t), a.dtype));
-    for (const Tensor& t : a.biases) grad_biases.push_back(zeros(sizes_of(t), a.dtype));
-    for (const Tensor& t : a.alphas) grad_alphas.push_back(zeros(sizes_of(t), a.dtype));
+    const UnitGradients grads(a, zeros);
     with_floating_type(a.dtype, "keys", [&](auto zero) {
         using T = decltype(zero);
         Work<T> work(a, plan);
-        for_statistics(work, dense_statistics, [](T* used, const T* given, int64_t size) { std::copy_n(given, size, used); });
+        for_statistics(work, given.statistics, [](T* used, const T* saved, int64_t size) { std::copy_n(saved, size, used); });
         UnitBackward<T> p{work.problem};
         const int64_t shares = std::max<int64_t>(plan.partition_count(), 1);
         const Tensor sums = zeros({shares, 4 * p.total_width + 1}, ScalarType::Double);
-        const Tensor hidden_gradient = empty(a.kept_sizes(), a.dtype);
-        p.hidden = a.batch_statistics ? mutable_pointer<T>(dense_hidden) : nullptr;
+        const Tensor hidden_gradient = empty(a.hidden_sizes(), a.dtype);
+        p.hidden = a.batch_statistics ? mutable_pointer<T>(given.hidden) : nullptr;
         p.hidden_gradient = a.batch_statistics ? mutable_pointer<T>(hidden_gradient) : nullptr;
-        p.scores = pointer<T>(dense_scores);
-        p.grad_pooled = pointer<T>(dense_grad_pooled);
-        p.grad_scores = pointer<T>(dense_grad_scores);
+        p.scores = pointer<T>(given.scores);
+        p.grad_pooled = pointer<T>(given.grad_pooled);
+        p.grad_scores = pointer<T>(given.grad_scores);
         p.partitions = plan.partitions.data(), p.partition_count = plan.partition_count();
         p.shares = work.memory(shares * work.share_size), p.share_size = work.share_size;
         p.sums = mutable_pointer<double>(sums);
         p.output_gradient = work.output_gradient;
-        p.grad_query = mutable_pointer<T>(grad_query);
-        p.grad_keys = mutable_pointer<T>(grad_keys);
+        p.grad_query = mutable_pointer<T>(grads.query);
+        p.grad_keys = mutable_pointer<T>(grads.keys);
         cpu::with_capability([&](auto target) {
             const auto stages = [&](int64_t first, int64_t last) {
                 parallel_ranges(plan.partition_count(),
@@ -352,9 +272,9 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> local_activation_unit_back
             if (a.batch_statistics) stages(0, 0);
             cpu::unit_reduce<target()>(p);
         });
-        write_parameter_gradients(a, work, p, grad_weights, grad_biases, grad_alphas);
+        write_parameter_gradients(a, work, p, grads);
     });
-    return {grad_query, grad_keys, grad_weights, grad_biases, grad_alphas};
+    return grads.all();
 }
 
 }  // namespace
