@@ -133,6 +133,8 @@ MEASURED_HERE = (
     "Times: median [20th, 80th percentile] of one call; in each round every contestant is timed once, in random "
     f"order. Ratios: how many times as fast ours is, median of the rounds. Of {CEILING}: share of a large float32 "
     "matrix product's rate in the same rounds, above 1 where torch's product is not the best the processor can do. "
+    f"Of {COPY}: share of the rate of a large copy, larger than any cache, in the same rounds, if a call moves no byte "
+    "that it need not; above 1 where its tensors stay in a cache. "
     "Peak memory: what one call needs above its inputs and parameters."
 )
 MEASURED_ON_A_GPU = (

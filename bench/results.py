@@ -49,14 +49,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Target:
-    """``at_least`` times as fast as the rival ``against``, that share of the CEILING's rate, or so often PER_SECOND."""
+    """``at_least`` times as fast as the rival ``against``, that share of the CEILING's or the COPY's rate, or so often
+    PER_SECOND."""
 
     against: str
     at_least: float
 
     def in_words(self, value: float) -> str:
-        if self.against == CEILING:
-            return f"{value:.2f} of {CEILING}"
+        if self.against in (CEILING, COPY):
+            return f"{value:.2f} of {self.against}"
         return (
             f"{three_digits(value)} {PER_SECOND}"
             if self.against == PER_SECOND
@@ -121,6 +122,8 @@ class Row:
         """What was reached of a target; None where it was not measured."""
         if target.against == CEILING:
             return self.share_of_ceiling()
+        if target.against == COPY:
+            return self.share_of_copy()
         if target.against == PER_SECOND:
             return 1 / median(self.timings[self.ours].seconds)
         return self.ratio(target.against) if target.against in self.timings else None

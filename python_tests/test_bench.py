@@ -130,6 +130,14 @@ def test_a_missed_share_of_the_ceiling_is_told_as_a_share():
     assert one.verdict() == "not reached: 0.75 of mm"
 
 
+@pytest.mark.parametrize("at_least, verdict", [(0.75, "reached"), (0.8, "not reached: 0.75 of copy")])
+def test_a_target_may_be_a_share_of_the_copy(at_least, verdict):
+    one = row(ours=(2.0,), targets=[Target(COPY, at_least)])
+    assert one.verdict() == "not reached: copy not measured: it took no part"
+    one.timings["dien_ops"], one.timings[COPY] = Timing([2.0], bytes=30.0), Timing([1.0], bytes=20.0)
+    assert (str(one.targets[0]), one.verdict()) == (f"≥ {at_least:.2f} of copy", verdict)
+
+
 def test_rows_survive_json():
     one = row(targets=[Target("nn.GRU", 2.0)], absent={"OpenVINO": "no"}, unit="valid step", sweep=Sweep("H", 16))
     assert Row.from_json(json.loads(json.dumps(one.to_json()))) == one
