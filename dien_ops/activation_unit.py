@@ -36,16 +36,18 @@ def _fake(
     softmax: bool,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    compute = _checks.compute_dtype(keys.dtype)
     rows = query.shape[0] * query.shape[1] * keys.shape[1]
     sizes = [weight.shape[0] for weight in weights[:-1]]
-    kept = rows * sum(_padded(size, keys) for size in sizes) if activation == "dice" and not running_means else 0
+    kept = rows * sum(_padded(size, compute) for size in sizes) if activation == "dice" and not running_means else 0
     scores = keys.new_empty(query.shape[0], query.shape[1], keys.shape[1])
-    return keys.new_empty(query.shape), scores, keys.new_empty(2, sum(sizes)), keys.new_empty(kept)
+    statistics, hidden = (keys.new_empty(size, dtype=compute) for size in ((2, sum(sizes)), (kept,)))
+    return keys.new_empty(query.shape), scores, statistics, hidden
 
 
-def _padded(size: int, like: Tensor) -> int:
+def _padded(size: int, dtype: torch.dtype) -> int:
     """Rows of hidden values are padded to whole 64 bytes (csrc/cpu/activation_unit.h)."""
-    step = 64 // like.element_size()
+    step = 64 // dtype.itemsize
     return (size + step - 1) // step * step
 
 
@@ -168,18 +170,25 @@ def local_activation_unit(
     statistic; an empty history gives zeros.
 
     Args:
-        query: ``[B, D]``, or ``[B, C, D]`` for C targets per sequence; float32 or float64. Any strides.
+        query: ``[B, D]``, or ``[B, C, D]`` for C targets per sequence; float32, float64, bfloat16 or float16, as the
+            keys. Under ``torch.autocast`` both are cast to its dtype. Any strides.
         keys: ``[B, T, D]``.
         weights: one of each layer as in :class:`torch.nn.Linear`: ``[H1, 4D]``, ``[H2, H1]``, ..., ``[1, HL]``. The
-            first one's columns are those of q, k, q - k and q * k.
+            first one's columns are those of q, k, q - k and q * k. All parameters have the dtype of the keys or, with
+            16-bit keys, float32: their products' sums, the hidden values and the statistics are float32 then in any
+            case. On CUDA, float32 is multiplied as tf32 where nn.Linear's is, see
+            ``torch.backends.cuda.matmul.fp32_precision``.
         biases: ``[H1]``, ``[H2]``, ..., ``[1]``.
         activation: of the hidden layers: ``"sigmoid"`` (the released code), ``"prelu"`` or ``"dice"`` (the paper).
         alphas: ``[H1]``, ..., ``[HL]`` for ``"prelu"`` and ``"dice"``, none for ``"sigmoid"``.
         running_means, running_vars: ``[H1]``, ..., ``[HL]``, Dice's moving averages; see
-            :func:`dien_ops.functional.dice`, also for training, momentum and eps. Needed with ``training=False``.
+            :func:`dien_ops.functional.dice`, also for training, momentum, eps and variance_eps. Needed with
+            ``training=False``.
         training: only Dice knows the difference.
+        scale: is multiplied into the scores, before the softmax where there is one.
         softmax: normalise the scores over the valid steps (the released code); the paper does not.
-        lengths: ``[B]`` int32 or int64, each in 0..T.
+        lengths: ``[B]`` int32 or int64, each in 0..T. On CUDA one outside of that is a device-side assertion, which
+            names it and ends the process's use of the GPU.
         return_scores: also return the scores.
 
     Returns:
@@ -197,16 +206,18 @@ def local_activation_unit(
         >>> dien_ops.functional.local_activation_unit(q, k, weights, biases).shape
         torch.Size([8, 18])
     """
+    _checks.tensor("keys", keys)
+    query, keys = _precision.cast(_precision.autocast_dtype(keys), query, keys)
     _check_arguments(query, keys, weights, biases, activation, alphas, running_means, running_vars, lengths, training)
     check_options(momentum, eps, variance_eps)
     _checks.number("scale", scale)
     dice = activation == "dice"
     if dice and not training and not running_means and len(weights) > 1:
         raise ValueError("running_means and running_vars are needed where training=False, got none")
-    averages = ([], []) if training or not dice else tuple(
-        [x.to(keys.dtype) for x in tensors] for tensors in (running_means, running_vars)
-    )  # fmt: skip
-    weights, biases = list(weights), list(biases)
+    compute = _checks.compute_dtype(keys.dtype)
+    weights, biases, alphas = ([x.to(compute) for x in tensors] for tensors in (weights, biases, alphas))
+    used = () if training or not dice else (running_means, running_vars)
+    averages = [[x.to(compute) for x in tensors] for tensors in used] or [[], []]
     if scale != 1.0:  # the output layer is linear, and its parameters are the smaller side
         weights[-1], biases[-1] = scale * weights[-1], scale * biases[-1]
     several = query.dim() == 3
@@ -216,7 +227,7 @@ def local_activation_unit(
         keys,
         weights,
         biases,
-        list(alphas),
+        alphas,
         *averages,
         lengths,
         activation,
@@ -226,7 +237,7 @@ def local_activation_unit(
         _precision.allow_tf32(keys, "matmul"),
     )
     if dice and training and running_means:
-        steps = lengths.sum() if lengths is not None else torch.full((), keys.shape[:2].numel())
+        steps = lengths.sum() if lengths is not None else torch.full((), keys.shape[:2].numel(), device=keys.device)
         sizes = [weight.shape[0] for weight in weights[:-1]]
         means, variances = (row.split(sizes) for row in statistics)
         for running_mean, running_var, mean, var in zip(running_means, running_vars, means, variances, strict=True):
@@ -249,7 +260,7 @@ def _check_arguments(
     training: bool,
 ) -> None:
     _checks.one_of("activation", activation, ACTIVATIONS)
-    _checks.supported("keys", keys)
+    _checks.supported("keys", keys, _checks.ANY_PRECISION, cuda_kernels=True)
     _checks.rank("keys", keys, 3)
     _checks.tensor("query", query)
     _checks.matches("keys", keys, query=query)
@@ -287,11 +298,11 @@ def _check_arguments(
         outputs = weight.shape[0] if i < hidden else 1
         _checks.shape(f"weights[{i}]", weight, [outputs, inputs], "[outputs, inputs]")
         _checks.shape(f"biases[{i}]", bias, [outputs], "[outputs]")
-        _checks.matches("keys", keys, **{f"weights[{i}]": weight, f"biases[{i}]": bias})
+        _checks.parameters("keys", keys, **{f"weights[{i}]": weight, f"biases[{i}]": bias})
         if i < hidden and len(alphas) > 0:
             _checks.tensor(f"alphas[{i}]", alphas[i])
             _checks.shape(f"alphas[{i}]", alphas[i], [outputs], "[outputs]")
-            _checks.matches("keys", keys, **{f"alphas[{i}]": alphas[i]})
+            _checks.parameters("keys", keys, **{f"alphas[{i}]": alphas[i]})
         if i < averages:
             for name, average in (("running_means", running_means[i]), ("running_vars", running_vars[i])):
                 check_average(f"{name}[{i}]", average, "keys", keys, outputs, training)
@@ -319,9 +330,14 @@ class LocalActivationUnit(nn.Module):
         activation: ``"sigmoid"``, ``"prelu"`` or ``"dice"``.
         softmax: normalise the scores over the valid steps; the paper does not.
         device, dtype: of the parameters.
+        scale: is multiplied into the scores, before the softmax where there is one: ``D ** -0.5`` in some
+            implementations.
+        query_size: where given, the query has this size A, and first passes ``query_projection``, a
+            :class:`torch.nn.Linear` to D and a :class:`torch.nn.PReLU` that starts at 0.1, as in the released code of
+            DIEN.
 
-    Shapes: query [B, D] or [B, C, D], keys [B, T, D], lengths [B]; pooled is shaped as the query; scores, where
-    return_scores is set, are [B, T] or [B, C, T].
+    Shapes: query [B, D] or [B, C, D] (with query_size [B, A] or [B, C, A]), keys [B, T, D], lengths [B]; pooled [B, D]
+    or [B, C, D]; scores, where return_scores is set, [B, T] or [B, C, T].
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument has the wrong type; rank or dtype; size, device or value.
@@ -340,16 +356,20 @@ class LocalActivationUnit(nn.Module):
         softmax: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        scale: float = 1.0,
+        query_size: int | None = None,
     ) -> None:
         super().__init__()
         _checks.one_of("activation", activation, ACTIVATIONS)
+        _checks.number("scale", scale)
         _checks.size("embedding_dim", embedding_dim)
         if not isinstance(hidden_sizes, Sequence):
             raise TypeError(f"hidden_sizes must be a sequence of ints, got {type(hidden_sizes).__name__}")
         for i, size in enumerate(hidden_sizes):
             _checks.size(f"hidden_sizes[{i}]", size)
         self.embedding_dim, self.hidden_sizes = embedding_dim, tuple(hidden_sizes)
-        self.activation, self.softmax = activation, softmax
+        self.activation, self.softmax, self.scale, self.query_size = activation, softmax, scale, query_size
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes = [4 * embedding_dim, *hidden_sizes, 1]
         self.layers = nn.ModuleList(nn.Linear(inputs, outputs, **factory) for inputs, outputs in pairwise(sizes))
@@ -359,13 +379,22 @@ class LocalActivationUnit(nn.Module):
             "dice": lambda size: Dice(size, **factory),
         }
         self.activations = nn.ModuleList(modules[activation](size) for size in hidden_sizes)
+        self.query_projection: nn.Sequential | None = None
+        if query_size is not None:
+            _checks.size("query_size", query_size)
+            self.query_projection = nn.Sequential(
+                nn.Linear(query_size, embedding_dim, **factory), nn.PReLU(embedding_dim, init=0.1, **factory)
+            )
 
     def forward(
         self, query: Tensor, keys: Tensor, *, lengths: Tensor | None = None, return_scores: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Args: query ``[B, D]`` or ``[B, C, D]``, keys ``[B, T, D]``, lengths ``[B]``. Returns pooled ``[B, D]`` or
-        ``[B, C, D]``, and where asked for the scores ``[B, T]`` or ``[B, C, T]``."""
+        """Args: query ``[B, D]`` or ``[B, C, D]`` (A in the place of D with query_size), keys ``[B, T, D]``, lengths
+        ``[B]``. Returns pooled ``[B, D]`` or ``[B, C, D]``, and where asked for the scores ``[B, T]`` or
+        ``[B, C, T]``."""
         self._check_submodules()
+        if self.query_projection is not None:
+            query = self._project(query)
         layers = [x for x in self.layers if isinstance(x, nn.Linear)]
         prelus = [x for x in self.activations if isinstance(x, nn.PReLU)]
         dices = [x for x in self.activations if isinstance(x, Dice)]
@@ -382,6 +411,7 @@ class LocalActivationUnit(nn.Module):
             running_vars=[x.running_var for x in dices],
             training=training,
             softmax=self.softmax,
+            scale=self.scale,
             lengths=lengths,
             return_scores=return_scores,
             **options,
@@ -390,6 +420,16 @@ class LocalActivationUnit(nn.Module):
             for x in dices:
                 x.num_batches_tracked.add_(1)
         return result
+
+    def _project(self, query: Tensor) -> Tensor:
+        assert self.query_projection is not None and self.query_size is not None
+        _checks.tensor("query", query)
+        _checks.rank("query", query, 2, 3)
+        meaning = "[B, A]" if query.dim() == 2 else "[B, C, A]"
+        _checks.shape("query", query, [*query.shape[:-1], self.query_size], meaning)
+        # PReLU takes the second axis for the channels.
+        projected: Tensor = self.query_projection(query.flatten(0, -2)).unflatten(0, query.shape[:-1])
+        return projected
 
     def _check_submodules(self) -> None:
         """The unit reads its submodules' parameters and calls none of them: it must be what they would compute."""
@@ -418,7 +458,9 @@ class LocalActivationUnit(nn.Module):
                 )
 
     def extra_repr(self) -> str:
+        more = f", scale={self.scale}" if self.scale != 1.0 else ""
+        more += f", query_size={self.query_size}" if self.query_size is not None else ""
         return (
             f"{self.embedding_dim}, hidden_sizes={self.hidden_sizes}, activation={self.activation!r}, "
-            f"softmax={self.softmax}"
+            f"softmax={self.softmax}{more}"
         )

@@ -91,17 +91,65 @@ def test_outputs_gradients_and_moving_averages_are_those_of_the_equations(
     assert_close(case.results(functional), case.results(reference))
 
 
+@pytest.mark.parametrize("variance_eps", [0.0, 0.5])
+@pytest.mark.parametrize("training", [True, False])
+def test_dice_takes_the_eps_of_the_variance_and_that_of_the_deviation(training, variance_eps):
+    case = Case((4, 2, 7, 5, (6, 3)), "dice", training=training, variance_eps=variance_eps)
+    found = case.results(functional)
+    assert_close(found, case.results(reference))
+    case.options["variance_eps"] = 0.1
+    assert not torch.allclose(case.results(reference)[0], found[0])
+
+
+@pytest.mark.parametrize("sizes", [(4, 2, 7, 5, (6, 3)), (4, None, 7, 5, ())])
+@pytest.mark.parametrize("softmax", [False, True])
+def test_scale_multiplies_the_scores_before_the_softmax(softmax, sizes):
+    case = Case(sizes, "prelu", softmax=softmax, scale=0.25)
+    assert_close(case.results(functional), case.results(reference))
+    plain = case.call(softmax=False, scale=1.0)[1]
+    expected = reference._masked_softmax(plain / 4, plain != 0) if softmax else plain / 4
+    assert_close([case.call()[1]], [expected])
+
+
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_float32_errs_no_more_than_twice_as_torch_does(activation, training, softmax):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_errs_no_more_than_twice_as_torch_does(dtype, activation, training, softmax):
     def draw() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        single = Case((20, None, 50, 36, (80, 40)), activation, torch.float32, training=training, softmax=softmax)
+        single = Case((20, None, 50, 36, (80, 40)), activation, dtype, training=training, softmax=softmax)
         for x in single.weights:
             x.data /= x.shape[1] ** 0.5
         return single.results(functional), single.results(reference), single.to(F64).results(reference)
 
     assert_at_most_twice_torchs_error(draw() for _ in range(3))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_parameters_go_with_16_bit_sequences(dtype, training):
+    case = Case((5, 3, 9, 6, (7, 3)), "dice", dtype, training=training, softmax=True)
+    parameters = ("weights", "biases", "alphas", "running_means", "running_vars")
+    mixed = copy.copy(case)
+    for name in parameters:
+        setattr(mixed, name, [x.detach().float().requires_grad_(x.requires_grad) for x in getattr(case, name)])
+    found, expected = mixed.results(), case.results()
+    assert [x.dtype for x in found] == [dtype] * 4 + [torch.float32] * 12
+    # The numbers are the same, and so is what is computed with them; only the results are rounded otherwise.
+    assert_close([x.to(dtype) for x in found[:12]], expected[:12], 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_query_and_keys_and_keeps_the_parameters(dtype):
+    case = Case((5, 3, 9, 6, (7, 3)), "prelu", torch.float32, softmax=True)
+    with torch.autocast(case.keys.device.type, dtype=dtype):
+        found = case.call()
+    grads = gradients(found, case.inputs)
+    assert [x.dtype for x in (*found, *grads)] == [dtype] * 2 + [torch.float32] * len(case.inputs)
+    case.query, case.keys = case.query.to(dtype), case.keys.to(dtype)
+    assert_close(found, case.call(), 0)
+    with torch.autocast(case.keys.device.type, dtype=dtype):
+        assert Case((5, None, 9, 6, (7, 3)), "prelu").call()[0].dtype == F64
 
 
 def test_hand_worked_values():
@@ -258,6 +306,37 @@ def test_weights_of_plain_linear_layers_load():
     assert list(unit.state_dict()) == [f"layers.{name}" for name in layers.state_dict()]
 
 
+@pytest.mark.parametrize("targets", [None, 3])
+def test_the_released_diens_query_projection(targets):
+    unit = dien_ops.LocalActivationUnit(6, (8,), softmax=True, query_size=9, dtype=F64)
+    linear, prelu = unit.query_projection
+    assert prelu.weight.tolist() == [0.1] * 6
+    with torch.no_grad():
+        prelu.weight.copy_(torch.linspace(0.1, 0.6, 6))  # a slope for each channel, not for each target
+    query, keys, lengths = leaf(4, *([] if targets is None else [targets]), 9), leaf(4, 7, 6), spread_lengths(4, 7)
+    projected = query @ linear.weight.mT + linear.bias
+    projected = torch.where(projected > 0, projected, prelu.weight * projected)
+    twin = dien_ops.LocalActivationUnit(6, (8,), softmax=True, dtype=F64)
+    twin.load_state_dict(unit.state_dict(), strict=False)
+    found, expected = unit(query, keys, lengths=lengths), twin(projected, keys, lengths=lengths)
+    assert_close([found], [expected])
+    parameters = [linear.weight, prelu.weight, query]
+    assert_close(gradients([found], parameters), gradients([expected], parameters))
+    with pytest.raises(RuntimeError, match=r"query must have shape \[2, 9\] \[B, A\], got \[2, 6\]"):
+        unit(torch.zeros(2, 6, dtype=F64), torch.zeros(2, 4, 6, dtype=F64))
+
+
+def test_the_modules_scale_is_that_of_the_equations():
+    unit = dien_ops.LocalActivationUnit(4, (5,), softmax=True, scale=0.5, dtype=F64)
+    twin = dien_ops.LocalActivationUnit(4, (5,), softmax=True, dtype=F64)
+    twin.load_state_dict(unit.state_dict())
+    with torch.no_grad():
+        twin.layers[-1].weight /= 2
+        twin.layers[-1].bias /= 2
+    query, keys = torch.randn(2, 4, dtype=F64), torch.randn(2, 3, 4, dtype=F64)
+    assert_close([unit(query, keys)], [twin(query, keys)])
+
+
 def test_an_empty_history_leaves_the_moving_averages_alone():
     unit = dien_ops.LocalActivationUnit(3, (4,), "dice")
     unit(torch.randn(2, 3), torch.randn(2, 5, 3), lengths=torch.tensor([0, 0]))
@@ -320,6 +399,9 @@ DICE = {"activation": "dice", "alphas": B[:1]}
         (TypeError, "momentum must be a number, got NoneType", {"momentum": None}),
         (ValueError, r"momentum must be in \[0, 1\], got 5.0", {"momentum": 5.0}),
         (ValueError, "eps must be finite and >= 0, got -1", {"eps": -1}),
+        (ValueError, "variance_eps must be finite and >= 0, got -1", {"variance_eps": -1}),
+        (TypeError, "scale must be a number, got str", {"scale": "1"}),
+        (ValueError, r"query must have the dtype of keys", {"query": torch.zeros(2, 3).half()}),
         (ValueError, "weights must have at least one tensor", {"weights": [], "biases": []}),
         (ValueError, "biases must have 2 tensors with 2 weights .*, got 1", {"biases": B[:1]}),
         (ValueError, "alphas must have 1 tensors .* activation='prelu', got 0", {"activation": "prelu"}),
@@ -420,6 +502,8 @@ def test_a_missing_submodule_is_refused(name, number):
         (ValueError, r"hidden_sizes\[0\] must be greater than zero, got -4", {"hidden_sizes": (-4,)}),
         (TypeError, r"hidden_sizes\[0\] must be an int, got str", {"hidden_sizes": ("4",)}),
         (TypeError, "hidden_sizes must be a sequence of ints, got int", {"hidden_sizes": 80}),
+        (TypeError, "scale must be a number, got NoneType", {"scale": None}),
+        (ValueError, "query_size must be greater than zero, got 0", {"query_size": 0}),
     ],
 )
 def test_the_module_refuses_a_wrong_option(error, message, options):
