@@ -50,12 +50,15 @@ class Timing:
 @dataclass(frozen=True)
 class Target:
     """``at_least`` times as fast as the rival ``against``, that share of the CEILING's or the COPY's rate, or so often
-    PER_SECOND."""
+    PER_SECOND; with ``of_memory``, that many times less of it than the rival."""
 
     against: str
     at_least: float
+    of_memory: bool = False
 
     def in_words(self, value: float) -> str:
+        if self.of_memory:
+            return f"{three_digits(value)}x less memory than {self.against}"
         if self.against in (CEILING, COPY):
             return f"{value:.2f} of {self.against}"
         return (
@@ -120,6 +123,9 @@ class Row:
 
     def value_of(self, target: Target) -> float | None:
         """What was reached of a target; None where it was not measured."""
+        if target.of_memory:
+            peaks = [self.timings[name].peak_bytes for name in (target.against, self.ours) if name in self.timings]
+            return peaks[0] / peaks[1] if len(peaks) == 2 and all(peaks) else None
         if target.against == CEILING:
             return self.share_of_ceiling()
         if target.against == COPY:
@@ -135,7 +141,9 @@ class Row:
         missed = []
         for target in self.targets:
             value = self.value_of(target)
-            if value is None:
+            if value is None and target.of_memory and target.against in self.timings:
+                missed.append("memory not measured")
+            elif value is None:
                 missed.append(f"{target.against} not measured: {self.absent.get(target.against, 'it took no part')}")
             elif value < target.at_least:
                 missed.append(target.in_words(value))

@@ -113,7 +113,7 @@ def tensors(p: Recurrence, dtype: torch.dtype | None = None) -> Tensors:
     return Tensors(x, scores, parameters, p.lengths, uniform(-1, 1, *rows, steps, hidden).detach())
 
 
-def _compute(
+def compute(
     forward: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor, train: bool
 ) -> Callable[[], list[Tensor]]:
     """One call: the forward, and in training the gradients of the leaves."""
@@ -141,9 +141,7 @@ def _recurrence(module: Any, t: Tensors) -> Tensor:
 def exact(p: Recurrence) -> list[Tensor]:
     """The reference equations in float64."""
     t = tensors(p, torch.float64)
-    return [
-        x.detach() for x in _compute(lambda: _recurrence(reference, t), t.leaves, t.grad_output.double(), p.train)()
-    ]
+    return [x.detach() for x in compute(lambda: _recurrence(reference, t), t.leaves, t.grad_output.double(), p.train)()]
 
 
 def _contestant(
@@ -163,7 +161,7 @@ def ours(p: Recurrence) -> Contestant:
         _recurrence(functional, tensors(replace(p, batch=1, steps=1)))
     except ValueError as refusal:
         raise Unavailable(f"dien_ops refuses: {refusal}") from refusal
-    return _contestant(p, _compute(lambda: _recurrence(functional, t), t.leaves, t.grad_output, p.train))
+    return _contestant(p, compute(lambda: _recurrence(functional, t), t.leaves, t.grad_output, p.train))
 
 
 def with_threads(factory: Callable[[Recurrence], Contestant], threads: int) -> Callable[[Recurrence], Contestant]:
@@ -221,7 +219,7 @@ def nn_gru(p: Recurrence) -> Contestant:
         for parameter, value in zip(module.parameters(), t.parameters, strict=True):
             parameter.copy_(value)
     leaves = [t.input, *module.parameters()]
-    return _contestant(p, _compute(lambda: module(t.input)[0], leaves, t.grad_output, p.train))
+    return _contestant(p, compute(lambda: module(t.input)[0], leaves, t.grad_output, p.train))
 
 
 # ------------------------------------------------------------------------------------------------- loops over the time
@@ -250,7 +248,7 @@ def one_copy_per_target(
 
 def ours_on_copies(p: Recurrence) -> Contestant:
     _, t, read = one_copy_per_target(p, tensors(p))
-    return _contestant(p, _compute(lambda: _recurrence(functional, t), t.leaves, t.grad_output, p.train), read)
+    return _contestant(p, compute(lambda: _recurrence(functional, t), t.leaves, t.grad_output, p.train), read)
 
 
 def augru_steps(
@@ -281,7 +279,7 @@ def python_loop(p: Recurrence) -> Contestant:
         h = t.input.new_zeros(q.batch, q.hidden_size)
         return augru_steps(t.input, t.attention, h, *t.parameters)[0]
 
-    return _contestant(p, _compute(forward, t.leaves, t.grad_output, p.train), read)
+    return _contestant(p, compute(forward, t.leaves, t.grad_output, p.train), read)
 
 
 def compiled_loop(p: Recurrence) -> Contestant:
@@ -301,7 +299,7 @@ def compiled_loop(p: Recurrence) -> Contestant:
                 states.append(some)
             return torch.cat(states, 1)
 
-        call = _compute(forward, t.leaves, t.grad_output, p.train)
+        call = compute(forward, t.leaves, t.grad_output, p.train)
         begin = time.perf_counter()
         try:
             call()
@@ -359,7 +357,7 @@ def deepctr_torch(p: Recurrence) -> Contestant:
         ours = gru_weights.from_library("deepctr_torch", dict(zip(theirs, grad_parameters, strict=True)))
         return [padded(output), padded(grad_x), padded(grad_a), *ours.values()]
 
-    call = _compute(forward, [x, a, *parameters], packed(t.grad_output).detach(), p.train)
+    call = compute(forward, [x, a, *parameters], packed(t.grad_output).detach(), p.train)
     return _contestant(p, call, converted_back)
 
 

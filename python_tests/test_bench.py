@@ -138,6 +138,17 @@ def test_a_target_may_be_a_share_of_the_copy(at_least, verdict):
     assert (str(one.targets[0]), one.verdict()) == (f"≥ {at_least:.2f} of copy", verdict)
 
 
+@pytest.mark.parametrize("peak, verdict", [(25, "reached"), (50, "not reached: 2x less memory than nn.GRU")])
+def test_a_target_may_be_a_share_of_the_rivals_memory(peak, verdict):
+    one = row(targets=[Target("nn.GRU", 4.0, of_memory=True)])
+    assert str(one.targets[0]) == "≥ 4x less memory than nn.GRU"
+    assert one.verdict() == "not reached: memory not measured"
+    for name, peak_bytes in (("dien_ops", peak), ("nn.GRU", 100)):
+        one.timings[name] = replace(one.timings[name], peak_bytes=peak_bytes)
+    assert one.verdict() == verdict
+    assert Row.from_json(json.loads(json.dumps(one.to_json()))) == one
+
+
 def test_rows_survive_json():
     one = row(targets=[Target("nn.GRU", 2.0)], absent={"OpenVINO": "no"}, unit="valid step", sweep=Sweep("H", 16))
     assert Row.from_json(json.loads(json.dumps(one.to_json()))) == one
