@@ -199,6 +199,14 @@ def test_several_targets_pool_as_one_at_a_time(activation):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("sizes", [(1, 90, 25, 3, (5,)), (3, 50, 31, 2, (4, 3))])
+def test_the_gradients_of_many_targets_add_up_in_the_keys_that_they_share(activation, sizes):
+    """More rows than one thread takes: some sequences are begun by one and continued by others."""
+    case = Case(sizes, activation, softmax=True)
+    assert_close(case.results(functional), case.results(reference))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_each_output_can_be_differentiated_alone(activation):
     case = Case((3, 2, 4, 3, (5,)), activation)
     for i in (0, 1):
@@ -256,9 +264,15 @@ def test_the_operators_pass_opcheck(activation, training):
     torch.library.opcheck(torch.ops.dien_ops.local_activation_unit_backward.default, backward)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize(
     ("activation", "sizes"),
-    [("sigmoid", (300, None, 20, 18, (80, 40))), ("prelu", (9, 30, 20, 7, (20, 5))), ("dice", (300, 2, 9, 5, (33,)))],
+    [
+        ("sigmoid", (300, None, 20, 18, (80, 40))),
+        ("prelu", (9, 30, 20, 7, (20, 5))),
+        ("dice", (300, 2, 9, 5, (33,))),
+        ("sigmoid", (1, 200, 20, 6, (7,))),
+    ],
 )
 def test_the_number_of_threads_changes_no_bit(activation, sizes):
     case = Case(sizes, activation, torch.float32)

@@ -3,8 +3,7 @@
 // activation_unit_backward.cpp.
 //
 // Rows are the valid steps of the valid (sequence, target) pairs, pair by pair; padding has no row. Tiles are runs of whole
-// pairs, partitions are runs of whole sequences and of whole tiles. Callers fill a struct, run unit_prepare, and then the
-// stages:
+// pairs, partitions are runs of whole tiles. Callers fill a struct, run unit_prepare, and then the stages:
 //
 //   forward   0, 1, .., L       stage l < L computes hidden layer l, stage L the scores and the pooled vector
 //   backward  L, L - 1, .., 0   stage L takes the gradient back to hidden layer L - 1, stage l < L through hidden layer l
@@ -32,7 +31,7 @@ struct UnitMatrix {
     int64_t inputs, outputs, input_width, width;  // the last two are padded; input_width of the first layer is not: D
     T* transposed;                                // [input_width, width]: W^T, 0 where padded
     T* forward;                                   // `transposed`, packed: inputs * width rounded up to the panel
-    T* backward;                                  // W, packed: outputs * input_width rounded up to the panel
+    T* backward;                                  // W, packed: outputs * input_width rounded up to the panel; null in forward
     int64_t gradient;                             // where its gradient [input_width, width] lies in a partition's share
 };
 
@@ -105,7 +104,15 @@ struct UnitBackward : UnitProblem<T> {
     const T* grad_scores;       // [B, C, T] or null (zeros)
     const int64_t* partitions;  // [partitions + 1]: the first tile of each partition
     int64_t partition_count;
-    T* hidden_gradient;  // as hidden, with batch statistics; else null
+
+    // The sequence, some targets of which are in an earlier partition; -1 where there is none.
+    int64_t continued_sequence(int64_t partition) const {
+        const UnitPair& first = this->pairs[this->tiles[partitions[partition]]];
+        return first.pair % this->targets != 0 ? first.sequence : -1;
+    }
+
+    T* hidden_gradient;  // with batch statistics: as hidden, without the last layer; else null
+    T* logit_gradient;   // with batch statistics: [hidden_rows], of the scores before the softmax; else null
     T* shares;           // [partitions, share_size], zeros: each partition's share of the parameters' gradients
     int64_t share_size;
     double* sums;             // [partitions, 4 * total_width + 1], zeros: of each layer [4, width], three sums of Dice, the
@@ -113,6 +120,8 @@ struct UnitBackward : UnitProblem<T> {
     int64_t output_gradient;  // where the output weight's gradient [width of the last hidden layer] lies in a share
     T* grad_query;            // [B, C, D], zeros
     T* grad_keys;             // [B, T, D], zeros
+    T* continued_keys;        // [partitions, T, D], zeros: what they add for a sequence that an earlier one began; null for
+                              // C = 1, where there is none
 };
 
 // Stages first_stage, first_stage - 1, .., last_stage.
@@ -122,7 +131,7 @@ void unit_backward(const UnitBackward<T>& p, int64_t first_stage, int64_t last_s
 // Adds up a layer's three sums of Dice, into the first partition's, and with batch statistics fills its feedback.
 template <Capability kTarget, typename T>
 void unit_feedback(const UnitBackward<T>& p, int64_t layer);
-// Adds up all shares and the other sums, into the first partition's.
+// Adds up all shares and the other sums, into the first partition's, and the gradients of continued sequences' keys.
 template <Capability kTarget, typename T>
 void unit_reduce(const UnitBackward<T>& p);
 

@@ -9,10 +9,10 @@
 // and q's other share comes through (W_q + W_d) q. W_d's gradient is that of the first block less that of the second; the
 // caller takes the difference.
 //
-// A thread works on partitions: all tiles of some consecutive sequences, so that the targets of a sequence, which share its
-// keys, add to the keys' gradient one after the other. Each partition has its own share of the parameters' gradients.
-// Partitions depend on lengths and shapes alone and the shares are summed in their order, so that the bits do not depend on the
-// threads.
+// A thread works on partitions: consecutive tiles, so that the targets of a sequence, which share its keys, add to the keys'
+// gradient one after the other. Each partition has its own share of the parameters' gradients, and of those of the keys whose
+// sequence an earlier partition began. Partitions depend on lengths and shapes alone and the shares are summed in their order,
+// so that the bits do not depend on the threads.
 #include "cpu/activation_unit_rows.h"
 #include "cpu/attention_rows.h"
 
@@ -43,8 +43,8 @@ class UnitGradient {
     explicit UnitGradient(const UnitBackward<T>& p)
         : p_(p),
           tile_(p),
-          gradient_(p.hidden_gradient == nullptr ? p.most_tile_rows * p.total_width : 0),
-          grad_logits_(p.most_tile_rows),
+          gradient_(p.most_tile_rows * p.total_width),
+          grad_logits_(p.logit_gradient == nullptr ? p.most_tile_rows : 0),
           grad_offsets_(p.most_tile_pairs * p.layers[0].matrix.width),
           grad_queries_(p.most_tile_pairs * p.embedding_dim),
           grad_folded_(p.embedding_dim * p.layers[0].matrix.width),
@@ -54,6 +54,8 @@ class UnitGradient {
     void select(int64_t partition, int64_t tile) {
         share_ = p_.shares + partition * p_.share_size;
         sums_ = p_.sums + partition * (4 * p_.total_width + 1);
+        continued_ = p_.continued_sequence(partition);
+        continued_keys_ = p_.continued_keys + partition * p_.steps * p_.embedding_dim;
         tile_.select(tile);
     }
 
@@ -66,8 +68,10 @@ class UnitGradient {
                 if (!kept || layer == L - 1) tile_.activate(layer);
             }
             from_scores();
+            through_output();
         } else {
             if (kept && stage > 0) tile_.activate(stage - 1);
+            if (kept && stage == L - 1) spread_logits();
             through_activation(stage);
         }
         if (stage < L || L == 0) through_linear(stage);
@@ -75,42 +79,64 @@ class UnitGradient {
     }
 
   private:
-    // Of the values after the activation, and from through_activation on, before it: [rows, width].
-    T* gradient(int64_t layer) const { return tile_.rows_of(p_.hidden_gradient, gradient_).at(p_.layers[layer]); }
+    // Of the values after the activation, and from through_activation on, before it: [rows, width]. Those of the last layer
+    // are the output weight's, times a number for each row, and are made again rather than kept.
+    T* gradient(int64_t layer) const {
+        const bool last = layer >= p_.hidden_layers - 1;
+        return tile_.rows_of(last ? nullptr : p_.hidden_gradient, gradient_).at(p_.layers[layer]);
+    }
+    // Of the scores before the softmax: [rows].
+    T* logit_gradient() const {
+        return p_.logit_gradient != nullptr ? p_.logit_gradient + tile_.pair(0).first_row : static_cast<T*>(grad_logits_);
+    }
     double* sums(int64_t layer) const { return sums_ + 4 * p_.layers[layer].offset; }  // [4, width]
+    T* grad_keys(const UnitPair& pair) const {
+        const bool continued = pair.sequence == continued_;
+        return continued ? continued_keys_ : p_.grad_keys + pair.sequence * p_.steps * p_.embedding_dim;
+    }
 
-    // From the gradients of pooled vectors and scores to that of the last hidden layer; where there is none, of the logits.
+    // From the gradients of pooled vectors and scores to that of the logits.
     void from_scores() {
-        const int64_t D = p_.embedding_dim, L = p_.hidden_layers;
+        const int64_t D = p_.embedding_dim;
         for (int64_t i = 0; i < tile_.pairs(); ++i) {
             const UnitPair& pair = tile_.pair(i);
-            T* g = grad_logits_ + tile_.row_in_tile(i);
+            T* g = logit_gradient() + tile_.row_in_tile(i);
             const T* scores = p_.scores + pair.pair * p_.steps;
             const T* grad_scores = p_.grad_scores != nullptr ? p_.grad_scores + pair.pair * p_.steps : nullptr;
             if (p_.grad_pooled != nullptr) {
                 const T* grad_pooled = p_.grad_pooled + pair.pair * D;
-                T* grad_keys = p_.grad_keys + pair.sequence * p_.steps * D;
                 dot_rows(tile_.keys(i), D, grad_pooled, g, pair.rows, D);
-                accumulate_outer<T>(scores, p_.steps, grad_pooled, D, grad_keys, D, pair.rows, D, 1);
+                accumulate_outer<T>(scores, p_.steps, grad_pooled, D, grad_keys(pair), D, pair.rows, D, 1);
             } else {
                 fill_zeros(g, pair.rows);
             }
             for (int64_t t = 0; grad_scores != nullptr && t < pair.rows; ++t) g[t] += grad_scores[t];
             if (p_.softmax) softmax_row_gradient<T>(scores, g, g, pair.rows);
         }
-        const int64_t W = p_.layers[L > 0 ? L - 1 : 0].matrix.width;
-        T* hidden = gradient(L > 0 ? L - 1 : 0);
+    }
+
+    // From that to the gradient of the last hidden layer's values; without hidden layers, to that of the only layer's.
+    void spread_logits() {
+        const int64_t L = p_.hidden_layers, last = L > 0 ? L - 1 : 0, W = p_.layers[last].matrix.width;
+        const T* g = logit_gradient();
+        T* hidden = gradient(last);
         if (L == 0) {
             fill_zeros(hidden, tile_.rows() * W);
-            for (int64_t r = 0; r < tile_.rows(); ++r) hidden[r * W] = grad_logits_[r];
+            for (int64_t r = 0; r < tile_.rows(); ++r) hidden[r * W] = g[r];
             return;
         }
-        tile_.for_values(W, [&](int64_t r, int64_t c) {
-            (Vec<T>(grad_logits_[r]) * Vec<T>::load(p_.output_weight + c)).store(hidden + r * W + c);
-        });
-        accumulate_outer<T>(grad_logits_, 1, tile_.after(L - 1), W, share_ + p_.output_gradient, W, 1, W, tile_.rows());
+        tile_.for_values(
+            W, [&](int64_t r, int64_t c) { (Vec<T>(g[r]) * Vec<T>::load(p_.output_weight + c)).store(hidden + r * W + c); });
+    }
+
+    void through_output() {
+        spread_logits();
+        if (p_.hidden_layers == 0) return;
+        const int64_t last = p_.hidden_layers - 1, W = p_.layers[last].matrix.width;
+        const T* g = logit_gradient();
+        accumulate_outer<T>(g, 1, tile_.after(last), W, share_ + p_.output_gradient, W, 1, W, tile_.rows());
         if (p_.softmax) return;  // it takes no notice of the bias
-        for (int64_t r = 0; r < tile_.rows(); ++r) sums_[4 * p_.total_width] += grad_logits_[r];
+        for (int64_t r = 0; r < tile_.rows(); ++r) sums_[4 * p_.total_width] += g[r];
     }
 
     // What the gradients of alpha and of Dice's statistics need from the rows of this tile.
@@ -180,7 +206,7 @@ class UnitGradient {
             accumulate_outer<T>(tile_.keys(i), D, g, W, grad_folded_, W, D, W, pair.rows);
             unfold(query, grad_queries_ + i * D);
             fold(query);
-            multiply<T>(g, W, folded_, nullptr, true, p_.grad_keys + pair.sequence * p_.steps * D, D, pair.rows, D, m.outputs);
+            multiply<T>(g, W, folded_, nullptr, true, grad_keys(pair), D, pair.rows, D, m.outputs);
         }
         const UnitMatrix<T>& q = p_.query_matrix;
         add_bias_gradient(0, grad_offsets_, pairs);
@@ -231,6 +257,8 @@ class UnitGradient {
     UnitTile<T> tile_;
     T* share_;
     double* sums_;
+    int64_t continued_;  // the sequence, and where its keys' gradient goes
+    T* continued_keys_;
     const Scratch<T> gradient_;      // of one tile's hidden values
     const Scratch<T> grad_logits_;   // [rows]
     const Scratch<T> grad_offsets_;  // [pairs, width of the first layer]
@@ -270,6 +298,14 @@ void unit_reduce(const UnitBackward<T>& p) {
     const int64_t sums_size = 4 * p.total_width + 1;
     add_partitions(p.shares, p.share_size, p.partition_count, p.share_size);
     add_partitions(p.sums + sums_size - 1, 1, p.partition_count, sums_size);
+    const int64_t keys_size = p.steps * p.embedding_dim;
+    for (int64_t partition = 0; partition < p.partition_count; ++partition) {
+        const int64_t sequence = p.continued_sequence(partition);
+        if (sequence < 0) continue;
+        T* total = p.grad_keys + sequence * keys_size;
+        const T* more = p.continued_keys + partition * keys_size;
+        for (int64_t i = 0; i < keys_size; ++i) total[i] += more[i];
+    }
     for (int64_t i = 0; i < p.hidden_layers || i == 0; ++i) {
         const UnitLayer<T>& l = p.layers[i];
         add_partitions(p.sums + 4 * l.offset + 3 * l.matrix.width, l.matrix.width, p.partition_count, sums_size);

@@ -29,7 +29,7 @@ void fill_matrix(const UnitMatrix<T>& m, const T* a, const T* b, T sign, int64_t
         }
     }
     pack(m.transposed, m.width, 1, m.inputs, m.width, m.forward);
-    pack(m.transposed, 1, m.width, m.outputs, m.input_width, m.backward);
+    if (m.backward != nullptr) pack(m.transposed, 1, m.width, m.outputs, m.input_width, m.backward);
 }
 
 template <typename T>

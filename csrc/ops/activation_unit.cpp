@@ -55,8 +55,8 @@ struct Plan {
                 pairs.push_back({b, b * a.C + c, rows, a.lengths[b]});
                 rows += a.lengths[b];
                 if (rows - tile_start >= kRowsPerTile) end_tile();
+                if (rows - partition_start >= partition_rows) end_partition();
             }
-            if (rows - partition_start >= partition_rows) end_partition();
         }
         end_partition();
     }
@@ -68,7 +68,7 @@ struct Plan {
 template <typename T>
 class Work {
   public:
-    Work(const Arguments& a, const Plan& plan) : a_(a) {
+    Work(const Arguments& a, const Plan& plan, bool backward) : a_(a), backward_(backward) {
         problem.targets = a.C, problem.steps = a.T, problem.embedding_dim = a.D, problem.hidden_layers = a.hidden_layers();
         problem.activation = a.activation, problem.batch_statistics = a.batch_statistics, problem.softmax = a.softmax;
         problem.eps = a.eps;
@@ -89,7 +89,7 @@ class Work {
             l.weight = pointer<T>(a.weights[i]), l.bias = pointer<T>(a.biases[i]);
             l.alpha = a.alphas.empty() ? nullptr : pointer<T>(a.alphas[i]);
             l.mean = memory(width), l.var = memory(width), l.padded_bias = memory(width);
-            l.columns = memory(4 * width), l.feedback = memory(2 * width);
+            l.columns = memory(4 * width), l.feedback = backward ? memory(2 * width) : nullptr;
             l.offset = offset;
             offset += width;
             layers.push_back(l);
@@ -106,10 +106,18 @@ class Work {
         }
     }
 
-    // Memory that starts as zeros and lives as long as this.
+    // Memory that starts as zeros and lives as long as this: many small pieces, of few allocations.
     T* memory(int64_t size) {
-        memory_.push_back(zeros({size}, a_.dtype));
-        return mutable_pointer<T>(memory_.back());
+        constexpr int64_t kAligned = kUnitAlignment / sizeof(T), kChunk = 16384;
+        size = divide_up(size, kAligned) * kAligned;
+        if (size > left_) {
+            left_ = std::max(size, kChunk);
+            chunks_.push_back(zeros({left_}, a_.dtype));
+            next_ = mutable_pointer<T>(chunks_.back());
+        }
+        left_ -= size;
+        next_ += size;
+        return next_ - size;
     }
 
     UnitProblem<T> problem{};
@@ -125,13 +133,16 @@ class Work {
         UnitMatrix<T> m{inputs, outputs, input_width, width};
         m.transposed = memory(input_width * width);
         m.forward = memory(divide_up(width, kPanel) * kPanel * inputs);
-        m.backward = memory(divide_up(input_width, kPanel) * kPanel * outputs);
+        m.backward = backward_ ? memory(divide_up(input_width, kPanel) * kPanel * outputs) : nullptr;
         m.gradient = share(input_width * width);
         return m;
     }
 
     const Arguments& a_;
-    Tensors memory_;
+    bool backward_;
+    Tensors chunks_;
+    T* next_ = nullptr;
+    int64_t left_ = 0;
 };
 
 // Calls f(of the layer, of statistics [2, sum of hidden sizes], size) for the mean and the variance of every hidden layer.
@@ -167,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_activation_unit(const Tensor& q
     const Tensor statistics = zeros(a.statistics_sizes(), a.dtype), hidden = empty(a.hidden_sizes(), a.dtype);
     with_floating_type(a.dtype, "keys", [&](auto zero) {
         using T = decltype(zero);
-        Work<T> work(a, plan);
+        Work<T> work(a, plan, false);
         for (size_t i = 0; i < means.size(); ++i) {
             std::copy_n(pointer<T>(means[i]), a.sizes[i], work.layers[i].mean);
             std::copy_n(pointer<T>(vars[i]), a.sizes[i], work.layers[i].var);
@@ -253,14 +264,17 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> local_activation_unit_back
     const UnitGradients grads(a, zeros);
     with_floating_type(a.dtype, "keys", [&](auto zero) {
         using T = decltype(zero);
-        Work<T> work(a, plan);
+        Work<T> work(a, plan, true);
         for_statistics(work, given.statistics, [](T* used, const T* saved, int64_t size) { std::copy_n(saved, size, used); });
         UnitBackward<T> p{work.problem};
         const int64_t shares = std::max<int64_t>(plan.partition_count(), 1);
         const Tensor sums = zeros({shares, 4 * p.total_width + 1}, ScalarType::Double);
-        const Tensor hidden_gradient = empty(a.hidden_sizes(), a.dtype);
+        const int64_t kept_rows = a.batch_statistics ? p.hidden_rows : 0;
+        const Tensor hidden_gradient = empty({kept_rows * work.layers.back().offset}, a.dtype);
+        const Tensor logit_gradient = empty({kept_rows}, a.dtype);
         p.hidden = a.batch_statistics ? mutable_pointer<T>(given.hidden) : nullptr;
         p.hidden_gradient = a.batch_statistics ? mutable_pointer<T>(hidden_gradient) : nullptr;
+        p.logit_gradient = a.batch_statistics ? mutable_pointer<T>(logit_gradient) : nullptr;
         p.scores = pointer<T>(given.scores);
         p.grad_pooled = pointer<T>(given.grad_pooled);
         p.grad_scores = pointer<T>(given.grad_scores);
@@ -270,6 +284,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> local_activation_unit_back
         p.output_gradient = work.output_gradient;
         p.grad_query = mutable_pointer<T>(grads.query);
         p.grad_keys = mutable_pointer<T>(grads.keys);
+        p.continued_keys = a.C > 1 ? work.memory(shares * a.T * a.D) : nullptr;
         cpu::with_capability([&](auto target) {
             const auto stages = [&](int64_t first, int64_t last) {
                 parallel_ranges(plan.partition_count(),
