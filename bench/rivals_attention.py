@@ -41,7 +41,7 @@ class Composed:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of the tensors that are differentiated: the inputs, then the parameters; uniform in -1..1."""
+        """Of the inputs, then the parameters, which are uniform in -1..1."""
         raise NotImplementedError
 
     def ours(self, module: Any, lengths: Tensor | None, *leaves: Tensor) -> Tensor:
@@ -86,7 +86,8 @@ class Composed:
             shape = forward(lengths, *leaves).shape
         generator = torch.Generator(self.device).manual_seed(3)
         grad = torch.empty(shape, device=self.device).uniform_(-1, 1, generator=generator).to(self.dtype)
-        return compute(lambda: forward(lengths, *leaves), leaves, grad.to(dtype or self.dtype), self.train)
+        differentiated = [x for x in leaves if x.requires_grad]
+        return compute(lambda: forward(lengths, *leaves), differentiated, grad.to(dtype or self.dtype), self.train)
 
 
 @lru_cache(maxsize=2)
@@ -186,9 +187,12 @@ class Unit(Composed):
     def leaves(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Weights as nn.Linear's, else deep layers would saturate."""
         leaves = super().leaves(dtype)
+        weights, biases, _ = self._split(leaves[2:])
         with torch.no_grad():
-            for weight in leaves[2 : 3 + len(self.hidden_sizes)]:
+            for weight in weights:
                 weight.mul_(weight.shape[1] ** -0.5)
+        if self.softmax:  # it takes no notice of the output's bias, whose gradient would be nothing but rounding
+            biases[-1].requires_grad_(False)
         return leaves
 
     @property

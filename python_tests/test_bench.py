@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness, report, results, rivals
+from bench import harness, report, results, rivals, rivals_attention
 from bench.results import CEILING, COPY, PER_SECOND, NotRun, Row, Run, Sweep, Target, Timing
 
 ROOT = Path(report.__file__).parents[1]
@@ -366,6 +366,32 @@ def test_contestants_do_the_same_work(factory, problem, train):
     except harness.Unavailable as reason:
         pytest.skip(str(reason))
     assert harness.check("contestant", contestant) < 1e-5
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("factory", [rivals_attention.ours, rivals_attention.eager])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        *(rivals_attention.Unit(4, 5, 3, (7, 2), x) for x in ("sigmoid", "prelu")),
+        rivals_attention.Unit(4, 5, 3, (7, 2), softmax=True, targets=2),
+        rivals_attention.Bilinear(4, 5, 6, 3),
+        rivals_attention.Bilinear(4, 5, 6, 3, targets=2),
+        rivals_attention.Auxiliary(4, 5, 6),
+    ],
+    ids=lambda p: p.name,
+)
+def test_contestants_of_the_attention_column_do_the_same_work(factory, problem, lengths, train):
+    contestant = factory(replace(problem, train=train, uniform_lengths=lengths))
+    assert harness.check("contestant", contestant) is not None
+    inert = problem.name.startswith("B4 C2 T5 D3")  # with softmax, the output's bias
+    assert len(contestant.read(contestant.call())) == (1 + len(problem.shapes) - inert if train else 1)
+
+
+def test_dice_of_the_eager_unit_is_that_of_the_batch():
+    problem = rivals_attention.Unit(4, 5, 3, (7, 2), "dice", train=True)
+    assert harness.check("eager", rivals_attention.eager(problem)) is not None
 
 
 @pytest.mark.parametrize("factory", [rivals.ours, rivals.ours_on_copies, rivals.python_loop])
