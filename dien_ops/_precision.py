@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,12 +19,18 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 def cast(dtype: torch.dtype | None, *values: Any) -> tuple[Any, ...]:
     """The values: floating-point tensors other than float64 in the given dtype, where one is given."""
+    if dtype is None:
+        return values
 
     def one(x: Any) -> Any:
         eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-        return x.to(dtype) if dtype is not None and eligible else x
+        return x.to(dtype) if eligible else x
 
     return tuple(one(x) for x in values)
+
+
+def in_dtype(dtype: torch.dtype, tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [x if x.dtype == dtype else x.to(dtype) for x in tensors]  # x.to takes a microsecond to do nothing
 
 
 @torch.compiler.assume_constant_result  # as they are while compiling: the compiler does not look into torch.backends

@@ -215,9 +215,9 @@ def local_activation_unit(
     if dice and not training and not running_means and len(weights) > 1:
         raise ValueError("running_means and running_vars are needed where training=False, got none")
     compute = _checks.compute_dtype(keys.dtype)
-    weights, biases, alphas = ([x.to(compute) for x in tensors] for tensors in (weights, biases, alphas))
-    used = () if training or not dice else (running_means, running_vars)
-    averages = [[x.to(compute) for x in tensors] for tensors in used] or [[], []]
+    weights, biases, alphas = (_precision.in_dtype(compute, tensors) for tensors in (weights, biases, alphas))
+    used = ((), ()) if training or not dice else (running_means, running_vars)
+    averages = [_precision.in_dtype(compute, tensors) for tensors in used]
     if scale != 1.0:  # the output layer is linear, and its parameters are the smaller side
         weights[-1], biases[-1] = scale * weights[-1], scale * biases[-1]
     several = query.dim() == 3
