@@ -111,9 +111,8 @@ struct UnitBackward : UnitProblem<T> {
         return first.pair % this->targets != 0 ? first.sequence : -1;
     }
 
-    T* hidden_gradient;  // with batch statistics: as hidden, without the last layer; else null
-    T* logit_gradient;   // with batch statistics: [hidden_rows], of the scores before the softmax; else null
-    T* shares;           // [partitions, share_size], zeros: each partition's share of the parameters' gradients
+    T* logit_gradient;  // with batch statistics: [hidden_rows], of the scores before the softmax; else null
+    T* shares;          // [partitions, share_size], zeros: each partition's share of the parameters' gradients
     int64_t share_size;
     double* sums;             // [partitions, 4 * total_width + 1], zeros: of each layer [4, width], three sums of Dice, the
                               // first of which is alpha's gradient, and the bias's gradient; then that of the output's bias

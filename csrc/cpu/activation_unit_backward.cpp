@@ -3,8 +3,8 @@
 // activation_unit_forward.cpp.
 //
 // A tile's hidden values are computed anew (or, with Dice's batch statistics, read), then its gradients go down through the
-// layers. The first layer's folded matrix M = W_k - W_d + W_p diag(q) is a function of the query; with G = sum over t of k_t
-// g_t^T, the gradient of M for one pair,
+// layers; between Dice's stages only the logits' are kept. The first layer's folded matrix M = W_k - W_d + W_p diag(q) is a
+// function of the query; with G = sum over t of k_t g_t^T, the gradient of M for one pair,
 //     grad (W_k - W_d) += G     grad W_p += G diag(q)     grad q = the diagonal of W_p^T G     grad k_t = M^T g_t
 // and q's other share comes through (W_q + W_d) q. W_d's gradient is that of the first block less that of the second; the
 // caller takes the difference.
@@ -71,7 +71,11 @@ class UnitGradient {
             through_output();
         } else {
             if (kept && stage > 0) tile_.activate(stage - 1);
-            if (kept && stage == L - 1) spread_logits();
+            if (kept) spread_logits();
+            for (int64_t layer = L - 1; kept && layer > stage; --layer) {
+                through_activation(layer);
+                to_layer_below(layer);
+            }
             through_activation(stage);
         }
         if (stage < L || L == 0) through_linear(stage);
@@ -79,12 +83,9 @@ class UnitGradient {
     }
 
   private:
-    // Of the values after the activation, and from through_activation on, before it: [rows, width]. Those of the last layer
-    // are the output weight's, times a number for each row, and are made again rather than kept.
-    T* gradient(int64_t layer) const {
-        const bool last = layer >= p_.hidden_layers - 1;
-        return tile_.rows_of(last ? nullptr : p_.hidden_gradient, gradient_).at(p_.layers[layer]);
-    }
+    // Of the values after the activation, and from through_activation on, before it: [rows, width]. Where stages end between
+    // the layers, each makes those of the layers above again from the logits'.
+    T* gradient(int64_t layer) const { return tile_.rows_of(nullptr, gradient_).at(p_.layers[layer]); }
     // Of the scores before the softmax: [rows].
     T* logit_gradient() const {
         return p_.logit_gradient != nullptr ? p_.logit_gradient + tile_.pair(0).first_row : static_cast<T*>(grad_logits_);
@@ -184,8 +185,13 @@ class UnitGradient {
         accumulate_outer<T>(tile_.after(layer - 1), m.input_width, g, m.width, share_ + m.gradient, m.width, m.inputs, m.width,
                             tile_.rows());
         add_bias_gradient(layer, g, tile_.rows());
-        multiply<T>(g, m.width, m.backward, nullptr, false, gradient(layer - 1), m.input_width, tile_.rows(), m.input_width,
-                    m.outputs);
+        to_layer_below(layer);
+    }
+
+    void to_layer_below(int64_t layer) {
+        const UnitMatrix<T>& m = p_.layers[layer].matrix;
+        multiply<T>(gradient(layer), m.width, m.backward, nullptr, false, gradient(layer - 1), m.input_width, tile_.rows(),
+                    m.input_width, m.outputs);
     }
 
     // From the gradient g [rows, width] of the layer's values before the activation, or of sums over some of these.

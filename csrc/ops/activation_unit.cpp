@@ -269,11 +269,8 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> local_activation_unit_back
         UnitBackward<T> p{work.problem};
         const int64_t shares = std::max<int64_t>(plan.partition_count(), 1);
         const Tensor sums = zeros({shares, 4 * p.total_width + 1}, ScalarType::Double);
-        const int64_t kept_rows = a.batch_statistics ? p.hidden_rows : 0;
-        const Tensor hidden_gradient = empty({kept_rows * work.layers.back().offset}, a.dtype);
-        const Tensor logit_gradient = empty({kept_rows}, a.dtype);
+        const Tensor logit_gradient = empty({a.batch_statistics ? p.hidden_rows : 0}, a.dtype);
         p.hidden = a.batch_statistics ? mutable_pointer<T>(given.hidden) : nullptr;
-        p.hidden_gradient = a.batch_statistics ? mutable_pointer<T>(hidden_gradient) : nullptr;
         p.logit_gradient = a.batch_statistics ? mutable_pointer<T>(logit_gradient) : nullptr;
         p.scores = pointer<T>(given.scores);
         p.grad_pooled = pointer<T>(given.grad_pooled);
