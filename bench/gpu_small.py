@@ -1,86 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward and backward of the recurrent kernels over small sizes that fit no tile, once each: ``python -m
-bench.gpu_small [DEVICE]``. compute-sanitizer watches it: whether the numbers are right is the tests' affair.
+"""Forward and backward of the CUDA kernels over small sizes that fit no tile, once each: ``python -m bench.gpu_small
+[DEVICE]``. compute-sanitizer watches it: whether the numbers are right is the tests' affair.
+
+A column's module has ``cases()`` and ``run(case, device)``, which raises FloatingPointError where a result is not
+finite.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
-from dien_ops import functional
+from bench import gpu_small_gru
 
-GATES = ("none", "input", "replace", "paper", "authors")
-PRECISIONS = {
-    "float64": (torch.float64, False),
-    "float32": (torch.float32, False),
-    "tf32": (torch.float32, True),
-    "bfloat16": (torch.bfloat16, False),
-    "float16": (torch.float16, False),
-}
-SIZES = ((1, 1, 1, 1), (3, 5, 3, 5), (17, 3, 19, 33), (70, 2, 36, 36), (5, 3, 64, 128), (5, 2, 36, 257))  # B, T, I, H
-
-
-@dataclass(frozen=True)
-class Case:
-    precision: str
-    gate: str
-    sizes: tuple[int, int, int, int]
-    reset_after: bool = True
-    targets: int | None = None
-    batch_first: bool = True
-    lengths: bool = True
-
-
-def cases() -> Iterator[Case]:
-    """In every precision every cell in one size, and every size with and without attention."""
-    for precision in PRECISIONS:
-        for gate in GATES:
-            for reset_after in (True, False):
-                targets = 3 if gate != "none" and reset_after else None
-                yield Case(precision, gate, SIZES[1], reset_after, targets, batch_first=not reset_after)
-        for sizes in SIZES:
-            yield Case(precision, "none", sizes, lengths=False)
-            yield Case(precision, "paper", sizes)
-
-
-def run(case: Case, device: str) -> None:
-    """Raises FloatingPointError: a result is not finite."""
-    dtype, torch.backends.cudnn.allow_tf32 = PRECISIONS[case.precision]
-    batch, steps, features, hidden = case.sizes
-
-    def leaf(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device=device).uniform_(-0.5, 0.5).to(dtype).requires_grad_()
-
-    rows = [batch] if case.targets is None else [batch, case.targets]
-    x = leaf(*([batch, steps] if case.batch_first else [steps, batch]), features)
-    a = leaf(*([*rows, steps] if case.batch_first else [steps, *rows]))
-    weights = [leaf(3 * hidden, features), leaf(3 * hidden, hidden), leaf(3 * hidden), leaf(3 * hidden)]
-    leaves = [x, *weights, leaf(*rows, hidden)]
-    options = {"batch_first": case.batch_first, "reset_after": case.reset_after, "lengths": None}
-    if case.lengths:
-        options["lengths"] = torch.arange(batch, device=device) % (steps + 1)
-    if case.gate == "none":
-        output, h_n = functional.gru(*leaves, **options)
-    else:
-        leaves.insert(1, a)
-        output, h_n = functional.attentional_gru(*leaves, gate=case.gate, **options)
-    grads = torch.autograd.grad([output.sum(), h_n.sum()], leaves)
-    if not all(result.isfinite().all() for result in (output, h_n, *grads)):
-        raise FloatingPointError(f"{case} has results that are not finite")
+COLUMNS = (gpu_small_gru,)
 
 
 def main() -> None:
     device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
     torch.manual_seed(0)
     count = 0
-    for case in cases():
-        print(case, flush=True)  # what the sanitizer reports next is of this one
-        run(case, device)
-        count += 1
+    for column in COLUMNS:
+        for case in column.cases():
+            print(case, flush=True)  # what the sanitizer reports next is of this one
+            column.run(case, device)
+            count += 1
     print(f"{count} cases")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_gru_cuda, conftest, gpu, gpu_check, gpu_small, report, results
+from bench import bench_gru_cuda, conftest, gpu, gpu_check, gpu_small, gpu_small_gru, report, results
 from bench.gpu_check import Finished, Stage
 from bench.results import CEILING, COPY, Check, Row, Target, Timing
 
@@ -386,17 +386,30 @@ def test_compilations_stop_when_one_more_might_not_fit(monkeypatch):
         bench_gru_cuda.compiled_while_there_is_time(None)
 
 
-@pytest.mark.parametrize("size", gpu_small.SIZES, ids=str)
+@pytest.mark.parametrize("size", gpu_small_gru.SIZES, ids=str)
 def test_the_sanitizers_calls_run_on_the_cpu_too(size):
-    cases = [case for case in gpu_small.cases() if case.sizes == size and case.precision in ("float32", "bfloat16")]
+    cases = [case for case in gpu_small_gru.cases() if case.sizes == size and case.precision in ("float32", "bfloat16")]
     assert {case.gate for case in cases} >= {"none", "paper"}
     for case in cases:
-        gpu_small.run(case, "cpu")
+        gpu_small_gru.run(case, "cpu")
 
 
 def test_the_sanitizers_calls_are_of_every_cell_in_every_precision():
-    cells = {(c.precision, c.gate, c.reset_after) for c in gpu_small.cases()}
-    assert len(cells) == len(gpu_small.PRECISIONS) * len(gpu_small.GATES) * 2
+    cells = {(c.precision, c.gate, c.reset_after) for c in gpu_small_gru.cases()}
+    assert len(cells) == len(gpu_small_gru.PRECISIONS) * len(gpu_small_gru.GATES) * 2
+
+
+@pytest.mark.parametrize("column", [x for x in gpu_small.COLUMNS if x is not gpu_small_gru], ids=lambda x: x.__name__)
+def test_the_sanitizers_calls_of_the_other_columns_run_on_the_cpu_too(column):
+    cases = list(column.cases())
+    assert len(cases) == len(set(cases)) > 0
+    for case in cases:
+        column.run(case, "cpu")
+
+
+def test_the_sanitizer_watches_every_column_that_has_cuda_kernels():
+    columns = {path.stem for path in (ROOT / "bench").glob("gpu_small_*.py")}
+    assert {x.__name__.removeprefix("bench.") for x in gpu_small.COLUMNS} == columns
 
 
 def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
