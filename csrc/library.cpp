@@ -24,7 +24,8 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
         "gru_residence(Tensor like, int hidden_size, bool reset_after, bool allow_tf32) "
         "-> (float forward_weights, bool forward_state, float backward_weights, bool backward_state)");
 
-    // attention: softmax_t(h_t W e_a). projected: W e_a, for the backward
+    // attention: softmax_t(h_t W e_a). projected: W e_a, for the backward; weight and projected are float32 where states are
+    // 16-bit. states may lie [T, B, H] in memory, and then so does their gradient
     m.def(
         "bilinear_attention(Tensor states, Tensor target, Tensor weight, Tensor? lengths, bool allow_tf32) "
         "-> (Tensor scores, Tensor projected)");
@@ -73,13 +74,17 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
         "Tensor? counts, int? padding_idx, float lr, float l2, float beta1, float beta2, float eps) -> ()");
     m.def("mba_check(Tensor weight, Tensor ids, Tensor grad, Tensor? counts, int? padding_idx) -> ()");
 
-    // aux_loss: logits [B, 2, max(T - 1, 0)] of the clicked and the sampled items, and their loss. reduction: paper | mean |
-    // authors
-    m.def("checked_lengths(Tensor lengths, SymInt steps) -> Tensor");  // an int64 copy
-    m.def("auxiliary_logits(Tensor states, Tensor positives, Tensor negatives, Tensor? lengths) -> Tensor");
+    // aux_loss: over pairs of a state and the next step's items. reduction: paper | mean | authors. logits [B, 2, max(T - 1,
+    // 0)] of the clicked and the sampled items; inner: they are the inner products, kept for the backward
     m.def(
-        "auxiliary_logits_backward(Tensor grad_logits, Tensor states, Tensor positives, Tensor negatives, Tensor? lengths) "
-        "-> (Tensor grad_states, Tensor grad_positives, Tensor grad_negatives)");
-    m.def("auxiliary_loss(Tensor logits, Tensor? lengths, SymInt steps, str reduction) -> Tensor");
-    m.def("auxiliary_loss_backward(Tensor grad_loss, Tensor logits, Tensor? lengths, SymInt steps, str reduction) -> Tensor");
+        "auxiliary_inner_loss(Tensor states, Tensor positives, Tensor negatives, Tensor? lengths, str reduction) "
+        "-> (Tensor loss, Tensor logits)");
+    m.def(
+        "auxiliary_inner_loss_backward(Tensor grad_loss, Tensor logits, Tensor states, Tensor positives, Tensor negatives, "
+        "Tensor? lengths, str reduction) -> (Tensor grad_states, Tensor grad_positives, Tensor grad_negatives)");
+    m.def("auxiliary_loss_of_logits(Tensor logits, Tensor? lengths, SymInt steps, str reduction) -> Tensor");
+    m.def(
+        "auxiliary_loss_of_logits_backward(Tensor grad_loss, Tensor logits, Tensor? lengths, SymInt steps, str reduction) "
+        "-> Tensor");
+    m.def("checked_lengths(Tensor lengths, SymInt steps) -> Tensor");  // an int64 copy
 }

@@ -21,7 +21,7 @@ def _bilinear_attention_fake(
 ) -> tuple[Tensor, Tensor]:
     batch, steps, hidden = states.shape
     targets = target.size(1)
-    return states.new_empty(batch, targets, steps), states.new_empty(batch, targets, hidden)
+    return states.new_empty(batch, targets, steps), weight.new_empty(batch, targets, hidden)
 
 
 @torch.library.register_fake("dien_ops::bilinear_attention_backward")
@@ -35,7 +35,12 @@ def _bilinear_attention_backward_fake(
     lengths: Tensor | None,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return states.new_empty(states.shape), target.new_empty(target.shape), weight.new_empty(weight.shape)
+    batch, steps, hidden = states.shape
+    if not states.is_contiguous() and states.transpose(0, 1).is_contiguous():
+        grad_states = states.new_empty(steps, batch, hidden).transpose(0, 1)
+    else:
+        grad_states = states.new_empty(states.shape)
+    return grad_states, target.new_empty(target.shape), weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -83,13 +88,18 @@ def bilinear_attention(states: Tensor, target: Tensor, weight: Tensor, *, length
     The softmax runs over the valid steps of each sequence. Padding scores exactly 0, and so does an empty sequence.
 
     Args:
-        states: ``[B, T, H]``, the states of the first GRU; float32 or float64. Any strides.
-        target: ``[B, A]``, the embedding of the target, or ``[B, C, A]``, those of C targets per sequence.
-        weight: ``[H, A]``.
-        lengths: ``[B]`` int32 or int64, each in 0..T.
+        states: ``[B, T, H]``, the states of the first GRU; float32, float64, bfloat16 or float16. Any strides; without a
+            copy where it is contiguous, or ``x.transpose(0, 1)`` of a contiguous x ``[T, B, H]``. Under
+            ``torch.autocast`` states and target are cast to its dtype, as nn.Linear's input is, and scores have it. On
+            CUDA, products of float32 may be tf32 where nn.Linear's may be, see
+            ``torch.backends.cuda.matmul.fp32_precision``.
+        target: ``[B, A]``, the embedding of the target, or ``[B, C, A]``, those of C targets per sequence; dtype as states.
+        weight: ``[H, A]``, dtype as states, or float32 with 16-bit states.
+        lengths: ``[B]`` int32 or int64, each in 0..T, on the states' device. On CUDA nobody waits for them: one outside
+            of 0..T is a device-side assertion, which names it and ends the process's use of the GPU.
 
     Returns:
-        ``[B, T]``, or ``[B, C, T]`` for C targets.
+        ``[B, T]``, or ``[B, C, T]`` for C targets, in the states' dtype.
 
     Raises:
         TypeError: an argument is no Tensor.
@@ -102,11 +112,17 @@ def bilinear_attention(states: Tensor, target: Tensor, weight: Tensor, *, length
         >>> bool(torch.allclose(scores.sum(1), torch.ones(8)))
         True
     """
-    _checks.supported("states", states)
+    _checks.tensor("states", states)
+    dtype = _precision.autocast_dtype(states)
+    if dtype is not None:
+        states, target = _precision.cast(dtype, states, target)
+        (weight,) = _precision.cast(torch.float32, weight)
+    _checks.supported("states", states, _checks.ANY_PRECISION, cuda_kernels=True)
     _checks.rank("states", states, 3)
     _checks.tensor("target", target)
     _checks.tensor("weight", weight)
-    _checks.matches("states", states, target=target, weight=weight)
+    _checks.matches("states", states, target=target)
+    _checks.parameters("states", states, weight=weight)
     _checks.rank("target", target, 2, 3)
     _checks.rank("weight", weight, 2)
     _checks.shape("weight", weight, [states.size(2), target.size(-1)], "[H, A]")
@@ -117,7 +133,11 @@ def bilinear_attention(states: Tensor, target: Tensor, weight: Tensor, *, length
     targets = target if several else target.unsqueeze(1)
     scores: Tensor
     scores, _ = torch.ops.dien_ops.bilinear_attention(
-        states, targets, weight, lengths, _precision.allow_tf32(states, "matmul")
+        states,
+        targets,
+        weight.to(_checks.compute_dtype(states.dtype)),
+        lengths,
+        _precision.allow_tf32(states, "matmul"),
     )
     return scores if several else scores.squeeze(1)
 

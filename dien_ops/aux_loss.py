@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dien_ops import _checks, reference
+from dien_ops import _checks, _precision, reference
 from dien_ops._autograd import backward_of_backward
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
@@ -28,66 +29,87 @@ def _checked_lengths_fake(lengths: Tensor, steps: int) -> Tensor:
     return lengths.new_empty(lengths.shape, dtype=torch.int64)
 
 
-@torch.library.register_fake("dien_ops::auxiliary_logits")
-def _logits_fake(states: Tensor, positives: Tensor, negatives: Tensor, lengths: Tensor | None) -> Tensor:
-    return states.new_empty([states.shape[0], 2, _pairs(states.shape[1])])
+@torch.library.register_fake("dien_ops::auxiliary_inner_loss")
+def _inner_loss_fake(
+    states: Tensor, positives: Tensor, negatives: Tensor, lengths: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor]:
+    dtype = _checks.compute_dtype(states.dtype)
+    logits = states.new_empty([states.shape[0], 2, _pairs(states.shape[1])], dtype=dtype)
+    return states.new_empty([], dtype=dtype), logits
 
 
-@torch.library.register_fake("dien_ops::auxiliary_logits_backward")
-def _logits_backward_fake(
-    grad_logits: Tensor, states: Tensor, positives: Tensor, negatives: Tensor, lengths: Tensor | None
+@torch.library.register_fake("dien_ops::auxiliary_inner_loss_backward")
+def _inner_loss_backward_fake(
+    grad_loss: Tensor,
+    logits: Tensor,
+    states: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    lengths: Tensor | None,
+    reduction: str,
 ) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (states, positives, negatives))
 
 
-@torch.library.register_fake("dien_ops::auxiliary_loss")
-def _loss_fake(logits: Tensor, lengths: Tensor | None, steps: int, reduction: str) -> Tensor:
+@torch.library.register_fake("dien_ops::auxiliary_loss_of_logits")
+def _loss_of_logits_fake(logits: Tensor, lengths: Tensor | None, steps: int, reduction: str) -> Tensor:
     return logits.new_empty([])
 
 
-@torch.library.register_fake("dien_ops::auxiliary_loss_backward")
-def _loss_backward_fake(
+@torch.library.register_fake("dien_ops::auxiliary_loss_of_logits_backward")
+def _loss_of_logits_backward_fake(
     grad_loss: Tensor, logits: Tensor, lengths: Tensor | None, steps: int, reduction: str
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _save_tensors(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
+def _save_for_inner_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.reduction = inputs
+    _, logits = output
+    ctx.mark_non_differentiable(logits)
+    ctx.save_for_backward(logits, *tensors)
     ctx.set_materialize_grads(False)
 
 
-def _logits_backward(ctx: Any, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_logits is None:
-        return (None,) * 4
-    return (*torch.ops.dien_ops.auxiliary_logits_backward(grad_logits, *ctx.saved_tensors), None)
+def _inner_backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 5
+    grads = torch.ops.dien_ops.auxiliary_inner_loss_backward(grad_loss, *ctx.saved_tensors, ctx.reduction)
+    return (*grads, None, None)
 
 
-def _logits_double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_logits, *primals, lengths = ctx.saved_tensors
+def _save_for_inner_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad_loss, _, *tensors, ctx.reduction = inputs
+    ctx.save_for_backward(grad_loss, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _inner_double_backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_loss, *primals, lengths = ctx.saved_tensors
 
     def equations(states: Tensor, positives: Tensor, negatives: Tensor) -> Sequence[Tensor]:
-        return [reference._auxiliary_logits(states, positives, negatives, lengths)]
+        options: Any = {"lengths": lengths, "reduction": ctx.reduction}
+        return [reference.auxiliary_loss(states, positives, negatives, **options)]
 
-    for_grads, for_primals = backward_of_backward(equations, primals, [grad_logits], grad_grads)
-    return (*for_grads, *for_primals, None)
+    (for_grad,), for_primals = backward_of_backward(equations, primals, [grad_loss], grad_grads)
+    return (for_grad, None, *for_primals, None, None)
 
 
-def _save_for_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_for_logits_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, steps, reduction = inputs
     ctx.save_for_backward(*tensors)
     ctx.options = (steps, reduction)
     ctx.set_materialize_grads(False)
 
 
-def _loss_backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+def _logits_backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 4
-    grad = torch.ops.dien_ops.auxiliary_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.options)
+    grad = torch.ops.dien_ops.auxiliary_loss_of_logits_backward(grad_loss, *ctx.saved_tensors, *ctx.options)
     return grad, None, None, None
 
 
-def _loss_double_backward(ctx: Any, grad_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def _logits_double_backward(ctx: Any, grad_grad: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_loss, logits, lengths = ctx.saved_tensors
 
     def equations(logits: Tensor) -> Sequence[Tensor]:
@@ -97,13 +119,17 @@ def _loss_double_backward(ctx: Any, grad_grad: Tensor | None) -> tuple[Tensor | 
     return (*for_grads, *for_primals, None, None, None)
 
 
-torch.library.register_autograd("dien_ops::auxiliary_logits", _logits_backward, setup_context=_save_tensors)
 torch.library.register_autograd(
-    "dien_ops::auxiliary_logits_backward", _logits_double_backward, setup_context=_save_tensors
+    "dien_ops::auxiliary_inner_loss", _inner_backward, setup_context=_save_for_inner_backward
 )
-torch.library.register_autograd("dien_ops::auxiliary_loss", _loss_backward, setup_context=_save_for_loss_backward)
 torch.library.register_autograd(
-    "dien_ops::auxiliary_loss_backward", _loss_double_backward, setup_context=_save_for_loss_backward
+    "dien_ops::auxiliary_inner_loss_backward", _inner_double_backward, setup_context=_save_for_inner_double_backward
+)
+torch.library.register_autograd(
+    "dien_ops::auxiliary_loss_of_logits", _logits_backward, setup_context=_save_for_logits_backward
+)
+torch.library.register_autograd(
+    "dien_ops::auxiliary_loss_of_logits_backward", _logits_double_backward, setup_context=_save_for_logits_backward
 )
 
 # ------------------------------------------------------------------------------------------------- functional
@@ -126,21 +152,26 @@ def auxiliary_loss(
 
     The three sequences are given whole; state t is paired with item t + 1 here, so the caller shifts nothing.
     The loss is computed from logits and never forms a sigmoid that could saturate: it is finite for all
-    finite input.
+    finite input whose inner products are.
 
     Args:
-        states: [B, T, H], the interest extractor's outputs.
-        positives: [B, T, E], the behaviours' embeddings, the same sequence that the extractor read.
+        states: [B, T, H], the interest extractor's outputs; float32, float64, bfloat16 or float16.
+        positives: [B, T, E], the behaviours' embeddings, the same sequence that the extractor read; dtype as states.
+            Under ``torch.autocast`` they may differ, 16-bit states beside float32 embeddings: all three are
+            promoted to the wider dtype.
         negatives: [B, T, E], an item that was not clicked for each of them. The first of both is not used.
-        lengths: [B], int32 or int64, each in 0..T. Rows of length 0 and 1 have no pair and contribute 0.
-        scorer: ``"inner"``, the inner product of state and item (H = E), or a function of states [B, T-1, H]
+        lengths: [B], int32 or int64, each in 0..T, on the states' device. Rows of length 0 and 1 have no pair and
+            contribute 0. On CUDA nobody waits for lengths: one outside of 0..T is a device-side assertion, which
+            names it and ends the process's use of the GPU.
+        scorer: ``"inner"``, the inner product of state and item (H = E) in one kernel, or a function of states [B, T-1, H]
             and items [B, T-1, E] that gives logits [B, T-1]; it is called once for each of the two sequences
             of items, with zeros in place of the padding.
         reduction: ``"paper"`` divides the sum over all pairs by B (eq. 6), ``"mean"`` by the number of pairs,
             ``"authors"`` by B (T - 1), padding included, as the released code does.
 
     Returns:
-        The loss, a scalar; 0 where there is no pair.
+        The loss, a scalar, 0 where there is no pair. It is computed in float32, or in float64 for float64 states; its
+        dtype is that of states, and under autocast that in which it is computed.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument has the wrong type; rank, dtype or name; size, device
@@ -153,7 +184,11 @@ def auxiliary_loss(
         torch.Size([])
     """
     _checks.one_of("reduction", reduction, REDUCTIONS)
-    _checks.supported("states", states)
+    _checks.tensor("states", states)
+    autocast = _precision.autocast_dtype(states) is not None
+    if autocast:
+        states, positives, negatives = _promoted(states, positives, negatives)
+    _checks.supported("states", states, _checks.ANY_PRECISION, cuda_kernels=True)
     _checks.rank("states", states, 3)
     _checks.tensor("positives", positives)
     _checks.tensor("negatives", negatives)
@@ -167,6 +202,7 @@ def auxiliary_loss(
         if lengths is not None:  # a scorer may write, as BatchNorm does: what it reads hangs on the check
             lengths = torch.ops.dien_ops.checked_lengths(lengths, steps)
         logits = _logits_of(scorer, states, positives, negatives, lengths)
+        loss: Tensor = torch.ops.dien_ops.auxiliary_loss_of_logits(logits, lengths, steps, reduction)
     else:
         _checks.one_of("scorer", scorer, ("inner",))
         if positives.shape[2] != width:
@@ -174,9 +210,15 @@ def auxiliary_loss(
                 f'scorer="inner" needs items as wide as states, got H={width} and E={positives.shape[2]}: '
                 f"give a scorer that takes both"
             )
-        logits = torch.ops.dien_ops.auxiliary_logits(states, positives, negatives, lengths)
-    loss: Tensor = torch.ops.dien_ops.auxiliary_loss(logits, lengths, steps, reduction)
-    return loss
+        loss, _ = torch.ops.dien_ops.auxiliary_inner_loss(states, positives, negatives, lengths, reduction)
+    return loss if autocast else loss.to(states.dtype)
+
+
+def _promoted(*values: Any) -> tuple[Any, ...]:
+    """Floating-point tensors in the widest dtype among them, and all else as it is."""
+    floating = [x.dtype for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+    widest = functools.reduce(torch.promote_types, floating) if floating else None
+    return tuple(x.to(widest) if isinstance(x, Tensor) and x.is_floating_point() else x for x in values)
 
 
 def _logits_of(scorer: Scorer, states: Tensor, positives: Tensor, negatives: Tensor, lengths: Tensor | None) -> Tensor:
@@ -191,7 +233,7 @@ def _logits_of(scorer: Scorer, states: Tensor, positives: Tensor, negatives: Ten
         logits = scorer(h, items)
         _checks.tensor("the scorer's result", logits)
         _checks.shape("the scorer's result", logits, [batch, _pairs(steps)], "[B, T-1]")
-        scored.append(logits.to(states.dtype))  # autocast may have lowered it
+        scored.append(logits.to(_checks.compute_dtype(states.dtype)))  # autocast may have lowered it
     return torch.stack(scored, dim=1)
 
 

@@ -55,10 +55,24 @@ def _gru_backward_fake(
     weight_hh: Tensor,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    output: Tensor,
+    gates: Tensor,
+    gate: str,
+    reset_after: bool,
+    batch_first: bool,
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    arguments = (input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh)
-    return tuple(input.new_empty(x.shape if x is not None else [0]) for x in arguments)
+    arguments = (input, None, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+    grads = [input.new_empty(x.shape if x is not None else [0]) for x in arguments]
+    if attention is not None:
+        time, other = (-1, 0) if batch_first else (0, -1)
+        moved = attention.movedim(time, other)
+        if not attention.is_contiguous() and moved.is_contiguous():  # as the other batch_first's would lie
+            grads[1] = input.new_empty(moved.shape).movedim(other, time)
+        else:
+            grads[1] = input.new_empty(attention.shape)
+    return tuple(grads)
 
 
 def _save_for_gru_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -169,7 +169,7 @@ def _masked_softmax(logits: Tensor, valid: Tensor) -> Tensor:
 def bilinear_attention(states: Tensor, target: Tensor, weight: Tensor, *, lengths: Tensor | None = None) -> Tensor:
     """a_t = softmax_t(h_t W e_a) (DIEN eq. 8); see :func:`dien_ops.functional.bilinear_attention`."""
     targets = target if target.dim() == 3 else target.unsqueeze(1)
-    logits = torch.einsum("bth,ha,bca->bct", states, weight, targets)
+    logits = torch.einsum("bth,ha,bca->bct", states, weight.to(states.dtype), targets)
     valid = _valid_steps(lengths, states.size(0), states.size(1), states.device).unsqueeze(1)
     scores = _masked_softmax(logits, valid.expand_as(logits))
     return scores if target.dim() == 3 else scores.squeeze(1)

@@ -188,7 +188,7 @@ INTEGERS, DOUBLES = torch.zeros(2, 4, 3, dtype=torch.long), torch.zeros(3, 5, dt
     [
         (TypeError, "target must be a Tensor, got NoneType", {"target": None}),
         (ValueError, r"states must be 3-D, got 2-D of shape \[4, 3\]", {"states": torch.zeros(4, 3)}),
-        (ValueError, "states must be float32 or float64, got int64", {"states": INTEGERS}),
+        (ValueError, "states must be float32, float64, bfloat16 or float16, got int64", {"states": INTEGERS}),
         (ValueError, "weight must have the dtype of states: expected torch.float32", {"weight": DOUBLES}),
         (ValueError, r"target must be 2-D or 3-D, got 1-D of shape \[5\]", {"target": torch.zeros(5)}),
         (ValueError, r"weight must be 2-D, got 1-D of shape \[3\]", {"weight": torch.zeros(3)}),

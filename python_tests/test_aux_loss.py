@@ -186,11 +186,12 @@ def test_operators_pass_opcheck():
     tensors, lengths = sequences(), spread_lengths(5, 6)
     ops = torch.ops.dien_ops
     torch.library.opcheck(ops.checked_lengths, (lengths.int(), 6))
-    torch.library.opcheck(ops.auxiliary_logits, (*tensors, lengths))
-    torch.library.opcheck(ops.auxiliary_logits_backward, (leaf(5, 2, 5), *tensors, lengths))
     for reduction in ("paper", "mean", "authors"):
-        torch.library.opcheck(ops.auxiliary_loss, (leaf(5, 2, 5), lengths, 6, reduction))
-        torch.library.opcheck(ops.auxiliary_loss_backward, (leaf(), leaf(5, 2, 5), lengths, 6, reduction))
+        torch.library.opcheck(ops.auxiliary_inner_loss, (*tensors, lengths, reduction))
+        _, logits = ops.auxiliary_inner_loss(*tensors, lengths, reduction)
+        torch.library.opcheck(ops.auxiliary_inner_loss_backward, (leaf(), logits, *tensors, lengths, reduction))
+        torch.library.opcheck(ops.auxiliary_loss_of_logits, (leaf(5, 2, 5), lengths, 6, reduction))
+        torch.library.opcheck(ops.auxiliary_loss_of_logits_backward, (leaf(), leaf(5, 2, 5), lengths, 6, reduction))
 
 
 @pytest.mark.parametrize("scorer", ["inner", "module"])
@@ -255,9 +256,9 @@ def test_a_scorer_may_run_in_lower_precision_under_autocast():
         (dict(lengths=[1, 2]), TypeError, "lengths must be a Tensor, got list"),
         (dict(states=torch.zeros(2, 3)), ValueError, "states must be 3-D, got 2-D"),
         (
-            dict(states=torch.zeros(2, 3, 4).half()),
+            dict(states=torch.zeros(2, 3, 4).long()),
             ValueError,
-            "states must be float32 or float64, got float16",
+            "states must be float32, float64, bfloat16 or float16, got int64",
         ),
         (
             dict(positives=torch.zeros(2, 3, 4).double()),

@@ -32,6 +32,13 @@ void for_blocks(const Problem& p, int64_t block_begin, int64_t block_end, F&& f)
     }
 }
 
+// `rows` rows of n numbers, `stride` apart.
+template <typename T>
+void fill_zero_rows(T* p, int64_t stride, int64_t rows, int64_t n) {
+    if (stride == n) return fill_zeros(p, rows * n);
+    for (int64_t r = 0; r < rows; ++r) fill_zeros(p + r * stride, n);
+}
+
 }  // namespace
 
 template <Capability kTarget, typename T>
@@ -55,16 +62,16 @@ void bilinear_attention_forward(const BilinearAttentionForward<T>& p, int64_t bl
                     A);
         for (int64_t b = begin; b < end; ++b) {
             const int64_t length = p.lengths[b];
-            const T* states = p.states + b * steps * H;
+            const T* states = p.states + b * p.state_stride_b;
             const T* projected = p.projected + b * C * H;
             T* scores = p.scores + b * C * steps;
             if (many) {
-                pack<T>(states, 1, H, H, length, packed_states);
+                pack<T>(states, 1, p.state_stride_t, H, length, packed_states);
                 multiply<T>(projected, H, packed_states, nullptr, false, scores, steps, C, length, H);
             }
             for (int64_t c = 0; c < C; ++c) {
                 T* row = scores + c * steps;
-                if (!many) dot_rows(states, H, projected + c * H, row, length, H);
+                if (!many) dot_rows(states, p.state_stride_t, projected + c * H, row, length, H);
                 softmax_row(row, length);
                 fill_zeros(row + length, steps - length);
             }
@@ -82,7 +89,6 @@ void bilinear_attention_backward(const BilinearAttentionBackward<T>& p, int64_t 
     const int64_t C = p.targets, steps = p.steps, H = p.hidden_size, A = p.target_size;
     const Scratch<T> grad_logits(C * steps), transposed(C * steps);  // [C, T] and [T, C]
     for_blocks(p, block_begin, block_end, [&](int64_t block, int64_t begin, int64_t end) {
-        fill_zeros(p.grad_states + begin * steps * H, (end - begin) * steps * H);
         fill_zeros(p.grad_projected + begin * C * H, (end - begin) * C * H);
         for (int64_t b = begin; b < end; ++b) {
             const int64_t length = p.lengths[b];
@@ -91,9 +97,11 @@ void bilinear_attention_backward(const BilinearAttentionBackward<T>& p, int64_t 
                 softmax_row_gradient<T>(p.scores + row, p.grad_scores + row, grad_logits + c * steps, length);
                 for (int64_t t = 0; t < length; ++t) transposed[t * C + c] = grad_logits[c * steps + t];
             }
-            const T* states = p.states + b * steps * H;
-            accumulate_outer<T>(grad_logits, steps, p.projected + b * C * H, H, p.grad_states + b * steps * H, H, length, H, C);
-            accumulate_outer<T>(transposed, C, states, H, p.grad_projected + b * C * H, H, C, H, length);
+            const T* states = p.states + b * p.state_stride_b;
+            T* grad_states = p.grad_states + b * p.state_stride_b;
+            fill_zero_rows(grad_states, p.state_stride_t, steps, H);
+            accumulate_outer<T>(grad_logits, steps, p.projected + b * C * H, H, grad_states, p.state_stride_t, length, H, C);
+            accumulate_outer<T>(transposed, C, states, p.state_stride_t, p.grad_projected + b * C * H, H, C, H, length);
         }
         const int64_t rows = (end - begin) * C;
         const T* grad_projected = p.grad_projected + begin * C * H;

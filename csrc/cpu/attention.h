@@ -16,10 +16,11 @@ struct BilinearAttentionProblem {
     int64_t sequences_per_block;                              // the same for any number of threads
     const int64_t* lengths;                                   // [B], each in 0..T
 
-    const T* states;  // [B, T, H]
-    const T* target;  // [B, C, A]
-    const T* weight;  // [H, A]
-    T* packed;        // bilinear_attention_packed_size elements, written by the pack phase
+    const T* states;                         // [B, T, H]: a step's H numbers lie together,
+    int64_t state_stride_b, state_stride_t;  // and sequences and steps so far apart
+    const T* target;                         // [B, C, A]
+    const T* weight;                         // [H, A]
+    T* packed;                               // bilinear_attention_packed_size elements, written by the pack phase
 
     int64_t blocks() const { return (batch + sequences_per_block - 1) / sequences_per_block; }
 };
@@ -44,7 +45,7 @@ struct BilinearAttentionBackward : BilinearAttentionProblem<T> {
     const T* grad_scores;  // [B, C, T]
     T* grad_projected;     // [B, C, H], scratch
     T* partial_weights;    // [blocks, H, A], zeros: each block's share of grad_weight
-    T* grad_states;        // [B, T, H]; 0 behind a sequence's length
+    T* grad_states;        // [B, T, H] with the strides of states; 0 behind a sequence's length
     T* grad_target;        // [B, C, A]
     T* grad_weight;        // [H, A], zeros
 };

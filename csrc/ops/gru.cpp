@@ -49,7 +49,7 @@ GruProblem<S> problem(const Arguments& a) {
     p.lengths = a.lengths.data();
     p.order = a.order.data();
     p.entry = a.entry.data();
-    const auto of_input = a.strides(1, a.I), of_attention = a.strides(a.C, 1), of_output = a.strides(a.C, a.H);
+    const auto of_input = a.strides(1, a.I), of_attention = a.attention_strides(), of_output = a.strides(a.C, a.H);
     p.input_stride_b = of_input.b, p.input_stride_t = of_input.t;
     p.attention_stride_b = of_attention.b, p.attention_stride_c = of_attention.c, p.attention_stride_t = of_attention.t;
     p.output_stride_b = of_output.b, p.output_stride_c = of_output.c, p.output_stride_t = of_output.t;

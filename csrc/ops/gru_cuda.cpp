@@ -62,16 +62,13 @@ GruProblem<S> problem(const GruArguments& a, const Plan& plan, bool allow_tf32) 
     p.gate = a.gate, p.reset_after = a.reset_after, p.reverse = a.reverse;
     p.tf32 = allow_tf32;
     p.plan = plan.pointers;
-    const auto strides = [&](int64_t targets, int64_t width) {
-        const auto s = a.strides(targets, width);
-        return cuda::Strides{s.b, s.c, s.t};
-    };
-    p.input = pointer<S>(a.input), p.input_strides = strides(1, a.I);
-    p.attention = pointer<S>(a.attention), p.attention_strides = strides(a.C, 1);
+    const auto strides = [](const GruArguments::Strides& s) { return cuda::Strides{s.b, s.c, s.t}; };
+    p.input = pointer<S>(a.input), p.input_strides = strides(a.strides(1, a.I));
+    p.attention = pointer<S>(a.attention), p.attention_strides = strides(a.attention_strides());
     p.hx = pointer<S>(a.hx);
     p.weight_ih = pointer<S>(a.weight_ih), p.weight_hh = pointer<S>(a.weight_hh);
     p.bias_ih = pointer<S>(a.bias_ih), p.bias_hh = pointer<S>(a.bias_hh);
-    p.output_strides = strides(a.C, a.H);
+    p.output_strides = strides(a.strides(a.C, a.H));
     return p;
 }
 

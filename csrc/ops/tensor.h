@@ -52,18 +52,33 @@ inline void check_sizes(const Tensor& t, const char* argument, const std::vector
     check(got == expected, argument, " must have shape ", to_string(expected), ", got ", to_string(got));
 }
 
-// t, contiguous, of the given type and on the device; its shape is checked first.
-inline Tensor checked(const Tensor& t, const char* argument, const std::vector<int64_t>& expected, ScalarType dtype,
-                      const Device& device = torch::headeronly::DeviceType::CPU) {
+inline void check_tensor(const Tensor& t, const char* argument, const std::vector<int64_t>& expected, ScalarType dtype,
+                         const Device& device) {
     check_sizes(t, argument, expected);
     check(t.device() == device, argument, " must be on the device of the other arguments");
     check(t.scalar_type() == dtype, argument, " must have the dtype of the other arguments");
+}
+
+// t, contiguous, of the given type and on the device; its shape is checked first.
+inline Tensor checked(const Tensor& t, const char* argument, const std::vector<int64_t>& expected, ScalarType dtype,
+                      const Device& device = torch::headeronly::DeviceType::CPU) {
+    check_tensor(t, argument, expected, dtype, device);
     return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 inline OptionalTensor checked(const OptionalTensor& t, const char* argument, const std::vector<int64_t>& expected,
                               ScalarType dtype, const Device& device = torch::headeronly::DeviceType::CPU) {
     return t.has_value() ? OptionalTensor(checked(*t, argument, expected, dtype, device)) : std::nullopt;
+}
+
+// What tensors of the dtype are computed in (common/number.h).
+inline ScalarType compute_dtype(ScalarType dtype) {
+    return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ? ScalarType::Float : dtype;
+}
+
+// t in the given dtype, in the same layout; t itself where it has it.
+inline Tensor converted(const Tensor& t, ScalarType dtype) {
+    return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
 // Memory that comes fresh from the system faults on the first write to each page; pages of 2 MiB spare a large result most of
