@@ -88,12 +88,13 @@ def bilinear_attention(states: Tensor, target: Tensor, weight: Tensor, *, length
     The softmax runs over the valid steps of each sequence. Padding scores exactly 0, and so does an empty sequence.
 
     Args:
-        states: ``[B, T, H]``, the states of the first GRU; float32, float64, bfloat16 or float16. Any strides; without a
-            copy where it is contiguous, or ``x.transpose(0, 1)`` of a contiguous x ``[T, B, H]``. Under
-            ``torch.autocast`` states and target are cast to its dtype, as nn.Linear's input is, and scores have it. On
-            CUDA, products of float32 may be tf32 where nn.Linear's may be, see
+        states: ``[B, T, H]``, the states of the first GRU; float32, float64, bfloat16 or float16. Any strides; none are
+            copied that are contiguous, or the ``transpose(0, 1)`` of a contiguous ``[T, B, H]``. Under
+            ``torch.autocast`` states and target are cast to its dtype, as nn.Linear's input is, and the scores have it.
+            On CUDA, products of float32 may be tf32 where nn.Linear's may be, see
             ``torch.backends.cuda.matmul.fp32_precision``.
-        target: ``[B, A]``, the embedding of the target, or ``[B, C, A]``, those of C targets per sequence; dtype as states.
+        target: ``[B, A]``, the embedding of the target, or ``[B, C, A]``, those of C targets per sequence; dtype as
+            states.
         weight: ``[H, A]``, dtype as states, or float32 with 16-bit states.
         lengths: ``[B]`` int32 or int64, each in 0..T, on the states' device. On CUDA nobody waits for them: one outside
             of 0..T is a device-side assertion, which names it and ends the process's use of the GPU.
@@ -161,9 +162,18 @@ class BilinearAttention(nn.Module):
     Raises:
         TypeError, ValueError, RuntimeError: an argument has the wrong type; rank or dtype; size, device or value.
 
-    Example:
+    Example, and the scores' way to the attentional GRU: with the same lengths, and no mask and no copy between them:
         >>> attention = dien_ops.BilinearAttention(36, 18)
-        >>> scores = attention(torch.randn(8, 50, 36), torch.randn(8, 18), lengths=torch.randint(0, 51, (8,)))
+        >>> states, lengths = torch.randn(8, 50, 36), torch.randint(0, 51, (8,))
+        >>> scores = attention(states, torch.randn(8, 18), lengths=lengths)  # [8, 50]
+        >>> output, h_n = dien_ops.AUGRU(36, 20, batch_first=True)(states, scores, lengths=lengths)
+
+        Time first, and with several targets:
+        >>> states = torch.randn(50, 8, 36)
+        >>> scores = attention(states.transpose(0, 1), torch.randn(8, 30, 18), lengths=lengths)  # [8, 30, 50]
+        >>> output, h_n = dien_ops.AUGRU(36, 20)(states, scores.movedim(-1, 0), lengths=lengths)
+        >>> output.shape, h_n.shape
+        (torch.Size([50, 8, 30, 20]), torch.Size([1, 8, 30, 20]))
     """
 
     def __init__(

@@ -163,9 +163,9 @@ def auxiliary_loss(
         lengths: [B], int32 or int64, each in 0..T, on the states' device. Rows of length 0 and 1 have no pair and
             contribute 0. On CUDA nobody waits for lengths: one outside of 0..T is a device-side assertion, which
             names it and ends the process's use of the GPU.
-        scorer: ``"inner"``, the inner product of state and item (H = E) in one kernel, or a function of states [B, T-1, H]
-            and items [B, T-1, E] that gives logits [B, T-1]; it is called once for each of the two sequences
-            of items, with zeros in place of the padding.
+        scorer: ``"inner"``, the inner product of state and item (H = E), all in one kernel, or a function of states
+            [B, T-1, H] and items [B, T-1, E] that gives logits [B, T-1]; it is called once for each of the two
+            sequences of items, with zeros in place of the padding.
         reduction: ``"paper"`` divides the sum over all pairs by B (eq. 6), ``"mean"`` by the number of pairs,
             ``"authors"`` by B (T - 1), padding included, as the released code does.
 

@@ -104,3 +104,14 @@ def run_python(code: str, cwd: str | None = None, **environment: str) -> subproc
         text=True,
         timeout=120,
     )
+
+
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    """float64 numbers, of tf32's 11 significant bits."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+
+def begins_anywhere(x: Tensor) -> Tensor:
+    """x as a contiguous tensor that begins one number into its memory: no two of its numbers are aligned."""
+    return torch.cat([x.new_zeros(1), x.detach().flatten()])[1:].view_as(x).requires_grad_(x.requires_grad)

@@ -24,7 +24,7 @@ from gru_cases import (
     check_all_partial_vectors,
     check_saturation_and_nan,
 )
-from helpers import assert_at_most_twice_torchs_error, assert_close, run_python
+from helpers import assert_at_most_twice_torchs_error, assert_close, begins_anywhere, rounded_to_tf32, run_python
 
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
 
@@ -44,12 +44,6 @@ def assert_same_bits(actual, expected):
 
 
 # --------------------------------------------------------------------------------------------------------------- tf32
-
-
-def rounded_to_tf32(x: torch.Tensor) -> torch.Tensor:
-    """float64 numbers, of 11 significant bits."""
-    mantissa, exponent = torch.frexp(x)
-    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
 
 
 class Tf32Linear(torch.autograd.Function):
@@ -186,12 +180,9 @@ def test_contiguous_tensors_may_begin_anywhere(dtype):
     case = Case("paper", batch=5, hidden=6, dtype=dtype)
     expected = case.results(functional)
 
-    def shifted(x):  # by one number: no pair of them is aligned
-        return torch.cat([x.new_zeros(1), x.detach().flatten()])[1:].view_as(x).requires_grad_()
-
-    moved = case.with_tensors([shifted(x) for x in case.tensors])
+    moved = case.with_tensors([begins_anywhere(x) for x in case.tensors])
     outputs = moved.call(functional)
-    projections = [shifted(torch.ones_like(y)).detach() for y in outputs]
+    projections = [begins_anywhere(torch.ones_like(y)) for y in outputs]
     assert_same_bits(outputs, expected[:2])
     aligned = torch.autograd.grad(case.call(functional), case.tensors, [torch.ones_like(p) for p in projections])
     assert_same_bits(torch.autograd.grad(outputs, moved.tensors, projections), aligned)

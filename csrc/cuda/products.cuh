@@ -70,7 +70,8 @@ DIEN_OPS_DEVICE void read_side(const ProductSide<S>& side, int64_t first, int64_
         const auto pair =
             unpack<S>(load_pair(side.memory, first + line * side.of_line + k * side.of_depth, count, side.paired));
         set(line, k, pair.v[0]);
-        set(along_depth ? line : line + 1, along_depth ? k + 1 : k, pair.v[1]);
+        // A pair may reach beyond what lengths limit, where anything may lie.
+        set(along_depth ? line : line + 1, along_depth ? k + 1 : k, count > 1 ? pair.v[1] : Compute<S>(0));
     }
 }
 
