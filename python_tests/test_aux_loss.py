@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -15,8 +16,10 @@ from dien_ops import functional, reference
 from helpers import (
     assert_at_most_twice_torchs_error,
     assert_close,
+    begins_anywhere,
     gradients,
     leaf,
+    run_python,
     spread_lengths,
     with_threads,
 )
@@ -65,8 +68,11 @@ def test_by_hand():
 @pytest.mark.parametrize("masked", [True, False], ids=["lengths", "full"])
 @pytest.mark.parametrize(
     "batch, steps, width",
-    [(5, 6, 7), (3, 2, 1), (4, 1, 3), (1, 40, 16), (2, 9, 67), (0, 4, 3), (3, 0, 3), (3, 4, 0)],
-)
+    [
+        (5, 6, 7), (3, 2, 1), (4, 1, 3), (1, 40, 16), (2, 9, 67), (0, 4, 3), (3, 0, 3), (3, 4, 0),
+        (90, 9, 4), (3, 4, 140), (260, 2, 3), (2, 30, 33), (1, 1, 1),
+    ],
+)  # fmt: skip
 def test_loss_and_gradients_are_the_references(reduction, masked, batch, steps, width):
     tensors = sequences(batch, steps, width)
     options = dict(reduction=reduction, lengths=spread_lengths(batch, steps) if masked else None)
@@ -74,11 +80,13 @@ def test_loss_and_gradients_are_the_references(reduction, masked, batch, steps, 
 
 
 @EVERY_REDUCTION
-def test_float32_is_as_good_as_torchs(reduction):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [36, 18, 5])
+def test_low_precision_is_as_good_as_torchs(width, dtype, reduction):
     def draw():
-        low = sequences(64, 30, 36, dtype=torch.float32)
+        low = sequences(24, 20, width, dtype=dtype)
         exact = [x.detach().double().requires_grad_() for x in low]
-        options = dict(reduction=reduction, lengths=spread_lengths(64, 30))
+        options = dict(reduction=reduction, lengths=spread_lengths(24, 20))
         return (
             results(functional, low, **options),
             results(reference, low, **options),
@@ -86,6 +94,63 @@ def test_float32_is_as_good_as_torchs(reduction):
         )
 
     assert_at_most_twice_torchs_error(draw() for _ in range(5))
+
+
+# ------------------------------------------------------------------------------------------------------------- dtypes
+
+
+@pytest.mark.parametrize("scorer", ["inner", "function"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_has_the_dtype_of_states_and_under_autocast_that_of_computing(dtype, scorer):
+    tensors = sequences(dtype=dtype)
+    scorer = "inner" if scorer == "inner" else lambda h, e: (h * e).sum(-1)
+    loss = functional.auxiliary_loss(*tensors, scorer=scorer)
+    assert loss.dtype == dtype
+    with torch.autocast(loss.device.type, dtype=torch.bfloat16):
+        wide = functional.auxiliary_loss(*tensors, scorer=scorer)
+    assert wide.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(wide.to(dtype), loss)
+    assert [g.dtype for g in gradients([wide], tensors)] == [dtype] * 3
+
+
+def test_a_loss_that_16_bits_cannot_hold_is_held_under_autocast():
+    states = torch.full((2, 9, 4), 90.0, dtype=torch.float16).requires_grad_()
+    items = -states.detach(), states.detach()
+    assert functional.auxiliary_loss(states, *items).isinf()
+    with torch.autocast(states.device.type, dtype=torch.float16):
+        loss = functional.auxiliary_loss(states, *items)
+    assert loss == 8 * 2 * 4 * 90 * 90
+    (grad,) = torch.autograd.grad(loss, states)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scorer", ["inner", "function"])
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_states_and_items_are_promoted_to_the_wider_dtype(low, scorer):
+    states, positives, negatives = sequences(dtype=torch.float32)
+    narrow = states.detach().to(low).requires_grad_()
+    options = dict(scorer="inner" if scorer == "inner" else lambda h, e: (h * e).sum(-1), lengths=spread_lengths(5, 6))
+    given = [narrow, positives, negatives]
+    with torch.autocast(states.device.type, dtype=low):
+        loss = functional.auxiliary_loss(*given, **options)
+    wide = [narrow.detach().float().requires_grad_(), positives, negatives]
+    expected = functional.auxiliary_loss(*wide, **options)
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+    for grad, other, x in zip(gradients([loss], given), gradients([expected], wide), given, strict=True):
+        assert grad.dtype == x.dtype and torch.equal(grad, other.to(x.dtype))
+    with pytest.raises(ValueError, match="positives must have the dtype of states"):
+        functional.auxiliary_loss(*given, **options)
+
+
+def test_under_autocast_two_16_bit_formats_meet_in_float32():
+    tensors = [x.detach() for x in sequences()]
+    mixed = [tensors[0].half(), tensors[1].bfloat16(), tensors[2].half()]
+    with torch.autocast(tensors[0].device.type, dtype=torch.bfloat16):
+        loss = functional.auxiliary_loss(*mixed)
+    assert torch.equal(loss, functional.auxiliary_loss(*(x.float() for x in mixed)))
+
+
+# --------------------------------------------------------------------------------------------------------- properties
 
 
 @EVERY_REDUCTION
@@ -114,6 +179,36 @@ def test_rows_of_length_0_and_1_contribute_nothing(reduction, scorer):
         assert not result.any()
 
 
+@EVERY_REDUCTION
+def test_the_logits_of_the_inner_products_are_kept_for_the_backward(reduction):
+    states, positives, negatives = tensors = [x.detach() for x in sequences(3, 4, 5)]
+    lengths = torch.tensor([4, 0, 2])
+    loss, logits = torch.ops.dien_ops.auxiliary_inner_loss(*tensors, lengths, reduction)
+    products = [(states[:, :-1] * items[:, 1:]).sum(-1) for items in (positives, negatives)]
+    valid = torch.arange(3) + 1 < lengths.unsqueeze(1)
+    assert_close([logits], [torch.stack(products, 1) * valid.unsqueeze(1)])
+    assert not logits[~valid.unsqueeze(1).expand_as(logits)].any()
+    again = torch.ops.dien_ops.auxiliary_loss_of_logits(logits, lengths, 4, reduction)
+    assert_close([again], [loss])
+
+
+def test_the_items_of_the_first_step_have_no_gradient_nor_has_the_last_state():
+    tensors = sequences()
+    states, positives, negatives = gradients([functional.auxiliary_loss(*tensors)], tensors)
+    assert not states[:, -1].any() and not positives[:, 0].any() and not negatives[:, 0].any()
+    assert states[:, :-1].all() and positives[:, 1:].all() and negatives[:, 1:].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [8, 6])
+def test_contiguous_tensors_may_begin_anywhere(width, dtype):
+    tensors, lengths = sequences(4, 9, width, dtype=dtype), spread_lengths(4, 9)
+    moved = [begins_anywhere(x) for x in tensors]
+    expected = results(functional, tensors, lengths=lengths)
+    for result, same in zip(results(functional, moved, lengths=lengths), expected, strict=True):
+        assert torch.equal(result, same)
+
+
 @pytest.mark.parametrize("scorer", ["inner", "module"])
 @pytest.mark.parametrize("filler", [math.nan, math.inf])
 def test_what_lies_in_the_padding_does_not_matter(scorer, filler):
@@ -130,16 +225,27 @@ def test_what_lies_in_the_padding_does_not_matter(scorer, filler):
     assert_close([b, *gradients([b], [*dirty, *parameters])], [a, *gradients([a], [*clean, *parameters])])
 
 
+def test_a_bad_number_spoils_the_loss_and_the_gradients_of_its_own_pairs_alone():
+    tensors = sequences(3)
+    clean = results(functional, tensors)
+    with torch.no_grad():
+        tensors[0][1, 2, 0] = math.nan
+    loss, states, positives, negatives = results(functional, tensors)
+    assert loss.isnan() and states[1, 2].isnan().all() and positives[1, 3].isnan().all()
+    for found, expected in zip((states, positives, negatives), clean[1:], strict=True):
+        assert_close([found[[0, 2]]], [expected[[0, 2]]])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [1e2, 1e4, 1e15])
+@pytest.mark.parametrize("size", [0.0, 1e2, 1e4, 1e15])
 def test_huge_logits_give_finite_losses_and_gradients(dtype, size):
     states = torch.ones(2, 3, 1, dtype=dtype)
     items = torch.full((2, 3, 1), size, dtype=dtype)
     wrong = results(functional, [x.requires_grad_() for x in (states, -items, items.clone())])
     right = functional.auxiliary_loss(states, items, -items)
     assert all(x.isfinite().all() for x in wrong)
-    torch.testing.assert_close(wrong[0], torch.tensor(4 * size, dtype=dtype))
-    assert right < 1e-30
+    torch.testing.assert_close(wrong[0], torch.tensor(max(4 * size, 4 * math.log(2)), dtype=dtype))
+    assert right < 1e-30 or size == 0
 
 
 def test_tiny_losses_keep_their_relative_precision():
@@ -182,16 +288,18 @@ def test_derivatives_of_a_scorer_pass_gradgradcheck():
     assert gradgradcheck(loss, sequences(2, 3, 3, 2))
 
 
-def test_operators_pass_opcheck():
-    tensors, lengths = sequences(), spread_lengths(5, 6)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_operators_pass_opcheck(dtype):
+    tensors, lengths = sequences(dtype=dtype), spread_lengths(5, 6)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     ops = torch.ops.dien_ops
     torch.library.opcheck(ops.checked_lengths, (lengths.int(), 6))
-    for reduction in ("paper", "mean", "authors"):
-        torch.library.opcheck(ops.auxiliary_inner_loss, (*tensors, lengths, reduction))
-        _, logits = ops.auxiliary_inner_loss(*tensors, lengths, reduction)
-        torch.library.opcheck(ops.auxiliary_inner_loss_backward, (leaf(), logits, *tensors, lengths, reduction))
-        torch.library.opcheck(ops.auxiliary_loss_of_logits, (leaf(5, 2, 5), lengths, 6, reduction))
-        torch.library.opcheck(ops.auxiliary_loss_of_logits_backward, (leaf(), leaf(5, 2, 5), lengths, 6, reduction))
+    torch.library.opcheck(ops.auxiliary_inner_loss, (*tensors, lengths, "mean"))
+    _, logits = ops.auxiliary_inner_loss(*tensors, lengths, "mean")
+    torch.library.opcheck(ops.auxiliary_inner_loss_backward, (leaf(dtype=wide), logits, *tensors, lengths, "mean"))
+    logits = leaf(5, 2, 5, dtype=wide)
+    torch.library.opcheck(ops.auxiliary_loss_of_logits, (logits, lengths, 6, "paper"))
+    torch.library.opcheck(ops.auxiliary_loss_of_logits_backward, (leaf(dtype=wide), logits, lengths, 6, "paper"))
 
 
 @pytest.mark.parametrize("scorer", ["inner", "module"])
@@ -220,6 +328,7 @@ def test_exports_with_dynamic_sizes(scorer):
     assert_close([exported.module()(*tensors, lengths=lengths)], [module(*tensors, lengths=lengths)])
 
 
+@pytest.mark.cpu_kernels
 def test_the_number_of_threads_does_not_change_a_bit():
     tensors, lengths = sequences(300, 40, 36, dtype=torch.float32), spread_lengths(300, 40)
     one, two = (with_threads(n, lambda: results(functional, tensors, lengths=lengths)) for n in (1, 2))
@@ -277,17 +386,6 @@ def test_a_scorer_may_run_in_lower_precision_under_autocast():
         ),
         (dict(lengths=torch.tensor([1])), RuntimeError, r"lengths must have shape \[2\] \[B\]"),
         (dict(lengths=torch.tensor([1.0, 1.0])), ValueError, "lengths must be int32 or int64"),
-        (dict(lengths=torch.tensor([1, 4])), RuntimeError, r"lengths must be in 0..3 \(T\), got 4 at row 1"),
-        (
-            dict(lengths=torch.tensor([-1, 3])),
-            RuntimeError,
-            r"lengths must be in 0..3 \(T\), got -1 at row 0",
-        ),
-        (
-            dict(lengths=torch.tensor([1, 4]), scorer=lambda h, e: (h * e).sum(-1)),
-            RuntimeError,
-            "got 4 at row 1",
-        ),
         (dict(scorer="mlp"), ValueError, "scorer must be one of 'inner', got 'mlp'"),
         (
             dict(scorer=lambda h, e: h * e),
@@ -299,8 +397,31 @@ def test_a_scorer_may_run_in_lower_precision_under_autocast():
 )
 def test_errors_name_the_argument(change, error, message):
     arguments = {name: torch.zeros(2, 3, 4) for name in ("states", "positives", "negatives")}
+    device = arguments["states"].device
+    change = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in change.items()}
     with pytest.raises(error, match=message):
         functional.auxiliary_loss(**{**arguments, **change})
+
+
+FOUND_BY_A_KERNEL = pytest.mark.not_on_cuda(reason="a kernel finds it there, and the process loses the GPU")
+
+
+@FOUND_BY_A_KERNEL
+@pytest.mark.parametrize("scorer", ["inner", lambda h, e: (h * e).sum(-1)], ids=["inner", "function"])
+@pytest.mark.parametrize("lengths", [[1, 4], [3, -1]])
+def test_a_length_outside_of_the_steps_is_named(lengths, scorer):
+    zeros = torch.zeros(2, 3, 4)
+    with pytest.raises(RuntimeError, match=rf"lengths must be in 0..3 \(T\), got {lengths[1]} at row 1"):
+        functional.auxiliary_loss(zeros, zeros, zeros, lengths=torch.tensor(lengths), scorer=scorer)
+
+
+def test_what_autocast_makes_of_a_wrong_argument_is_named_too():
+    zeros = torch.zeros(2, 3, 4)
+    with torch.autocast(zeros.device.type, dtype=torch.bfloat16):
+        with pytest.raises(TypeError, match="positives must be a Tensor, got NoneType"):
+            functional.auxiliary_loss(zeros, None, zeros)
+        with pytest.raises(ValueError, match="negatives must have the dtype of states"):
+            functional.auxiliary_loss(zeros, zeros, zeros.long())
 
 
 class NormedScorer(nn.Module):
@@ -314,6 +435,7 @@ class NormedScorer(nn.Module):
         return self.norm((states * items).flatten(0, 1)).sum(-1).view(states.shape[:2])
 
 
+@FOUND_BY_A_KERNEL
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_lengths_out_of_range_are_refused_before_a_scorer_runs(compiled, dtype):
@@ -340,3 +462,82 @@ def test_the_module_refuses_unknown_names_at_once():
         dien_ops.AuxiliaryLoss("mlp")
     with pytest.raises(ValueError, match="reduction must be one of"):
         dien_ops.AuxiliaryLoss(reduction="sum")
+
+
+# ----------------------------------------------------------------------------------------------- the CUDA kernels alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_the_order_of_threads(dtype, set_executor):
+    every = [sequences(*sizes, dtype=dtype) for sizes in ((40, 9, 10), (3, 4, 140), (70, 5, 3))]
+    lengths = [spread_lengths(*x[0].shape[:2]) for x in every]
+    scorers = ["inner", lambda h, e: (h * e).sum(-1)]
+
+    def run():
+        return [
+            result
+            for tensors, some in zip(every, lengths, strict=True)
+            for scorer in scorers
+            for result in results(functional, tensors, lengths=some, scorer=scorer, reduction="mean")
+        ]
+
+    expected = run()
+    for order, seed in [("in_order", 0), ("reverse", 0), *itertools.product(["shuffled", "skewed"], range(2))]:
+        set_executor(order=order, seed=seed)
+        assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+
+
+@pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.parametrize("scorer", ["inner", lambda h, e: (h * e).sum(-1)], ids=["inner", "function"])
+@EVERY_REDUCTION
+def test_memory_that_nobody_wrote_is_never_read(reduction, scorer):
+    tensors, options = sequences(), dict(lengths=spread_lengths(5, 6), scorer=scorer, reduction=reduction)
+    torch.use_deterministic_algorithms(True)  # fills such memory with NaN
+    try:
+        found = results(functional, tensors, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(found, results(reference, tensors, **options))
+
+
+def step(tensors: list[Tensor], lengths: Tensor) -> list[Tensor]:
+    loss = functional.auxiliary_loss(*tensors, lengths=lengths, reduction="mean")
+    return [loss, *torch.autograd.grad(loss, tensors)]
+
+
+def test_a_training_step_replays_from_a_cuda_graph(on_device):
+    tensors, lengths = sequences(40, 9, 36, dtype=torch.float32), spread_lengths(40, 9)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(tensors, lengths)  # allocations and modules before the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(tensors, lengths)
+    others, other_lengths = sequences(40, 9, 36, dtype=torch.float32), spread_lengths(40, 9)
+    with torch.no_grad():
+        for to, x in zip([*tensors, lengths], [*others, other_lengths], strict=True):
+            to.copy_(x)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(others, other_lengths), strict=True))
+
+
+def test_nothing_waits_for_the_device(on_device):
+    tensors, lengths = sequences(40, 9, 36, dtype=torch.float32), spread_lengths(40, 9)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(tensors, lengths)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_length_beyond_the_steps_is_named_before_the_context_is_lost(on_device):
+    code = """
+import torch, dien_ops
+zeros = torch.zeros(2, 4, 3, device="cuda")
+dien_ops.AuxiliaryLoss()(zeros, zeros, zeros, lengths=torch.tensor([4, 7]).cuda())
+torch.cuda.synchronize()
+"""
+    done = run_python(code)
+    assert "lengths must be in 0..4 (T), got 7 at row 1" in done.stdout and "device-side assert" in done.stderr
