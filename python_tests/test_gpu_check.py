@@ -15,7 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_gru_cuda, conftest, gpu, gpu_check, gpu_small, gpu_small_gru, report, results
+from bench import (
+    bench_attention_cuda,
+    bench_gru_cuda,
+    conftest,
+    gpu,
+    gpu_check,
+    gpu_small,
+    gpu_small_gru,
+    harness,
+    report,
+    results,
+    rivals_attention_cuda,
+)
 from bench.gpu_check import Finished, Stage
 from bench.results import CEILING, COPY, Check, Row, Target, Timing
 
@@ -410,6 +422,61 @@ def test_the_sanitizers_calls_of_the_other_columns_run_on_the_cpu_too(column):
 def test_the_sanitizer_watches_every_column_that_has_cuda_kernels():
     columns = {path.stem for path in (ROOT / "bench").glob("gpu_small_*.py")}
     assert {x.__name__.removeprefix("bench.") for x in gpu_small.COLUMNS} == columns
+
+
+def test_every_row_of_attention_is_on_the_gpu_and_has_rivals():
+    bench = Asked()
+    tests = [f for name, f in vars(bench_attention_cuda).items() if name.startswith("test_")]
+    for test in tests:
+        assert test.__doc__
+        for parameters in test.pytestmark[0].args[1]:
+            test(bench, *parameters.values)
+    assert len(tests) == 4 and len(bench.calls) == len({call[0] for call in bench.calls})
+    for problem, ours, others, targets, more in bench.calls:
+        assert problem.device == "cuda" and problem.bytes > 0
+        assert targets and {t.against for t in targets} <= others.keys()
+        assert list(ours) == ["dien_ops"] and len(others) == 4 and set(more["without_memory"]) <= others.keys()
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("lengths", [False, True], ids=["full", "uniform"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        rivals_attention_cuda.Attention(4, 5, 6, target_size=3, device="cpu"),
+        rivals_attention_cuda.Attention(4, 5, 6, target_size=3, targets=7, device="cpu"),
+        rivals_attention_cuda.Pairs(4, 5, 6, device="cpu"),
+    ],
+    ids=lambda p: p.name,
+)
+def test_the_contestants_of_attention_and_auxiliary_loss_do_the_same_work(problem, lengths, train):
+    problem = replace(problem, train=train, uniform_lengths=lengths)
+    for factory in (rivals_attention_cuda.ours, rivals_attention_cuda.composed):
+        assert harness.check("contestant", factory(problem)) < 1e-5
+
+
+def test_the_bytes_of_attention_and_auxiliary_loss_are_the_fewest_possible():
+    p = rivals_attention_cuda.Attention(2, 10, 6, target_size=3, targets=4)
+    states, scores, small = 2 * 10 * 6, 2 * 4 * 10, 2 * 4 * 3 + 6 * 3
+    assert p.bytes == 4 * (states + small + scores)
+    assert replace(p, train=True).bytes == p.bytes + 4 * (2 * states + 2 * small + 2 * scores)
+    q = rivals_attention_cuda.Pairs(2, 10, 6, dtype=torch.bfloat16)
+    assert q.bytes == 2 * 3 * states and replace(q, train=True).bytes == 3 * q.bytes
+
+
+def test_a_compiler_stops_when_one_more_compilation_might_not_fit(monkeypatch):
+    now = [0.0]
+    compiler = rivals_attention_cuda.Compiler(seconds=60.0)
+
+    def compile(_):
+        now[0] += 25.0
+        return "compiled"
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(compiler, "compiled", compile)
+    assert [compiler(None) for _ in range(2)] == ["compiled"] * 2
+    with pytest.raises(rivals_attention_cuda.Unavailable, match="left out: 2 compilations took 50 s"):
+        compiler(None)
 
 
 def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
