@@ -19,8 +19,8 @@ PRECISIONS = {
 }
 # B, C (None: no axis of targets), T, H, A: a row in one pass and in several, tiles of 8 and of 32 targets, two blocks
 SIZES = (
-    (1, None, 1, 1, 1), (3, None, 70, 36, 18), (5, 3, 9, 19, 5), (2, 4, 5, 140, 66), (3, 7, 70, 33, 5), (2, 35, 9, 20, 8),
-    (130, 1, 2, 4, 3),
+    (1, None, 1, 1, 1), (3, None, 70, 36, 18), (5, 3, 9, 19, 5), (2, 4, 5, 140, 66), (3, 7, 70, 33, 5),
+    (2, 35, 9, 20, 8), (130, 1, 2, 4, 3),
 )  # fmt: skip
 
 

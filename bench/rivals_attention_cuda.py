@@ -38,18 +38,22 @@ class Problem:
     device: str = "cuda"
 
     @property
-    def lengths(self) -> Tensor | None:
-        """[B]. None is of length 0: the composed softmax has no answer to that."""
+    def lengths_on_cpu(self) -> Tensor:
+        """[B]. None is 0: the composed softmax has no answer to that."""
         if not self.uniform_lengths:
-            return None
-        lengths = torch.randint(1, self.steps + 1, (self.batch,), generator=torch.Generator("cpu").manual_seed(2))
-        return lengths.to(self.device)
+            return torch.full((self.batch,), self.steps, device="cpu")
+        generator = torch.Generator("cpu").manual_seed(2)
+        return torch.randint(1, self.steps + 1, (self.batch,), generator=generator, device="cpu")
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Those, or None where all are T."""
+        return self.lengths_on_cpu.to(self.device) if self.uniform_lengths else None
 
     @property
     def states(self) -> int:
         """Numbers in the valid steps of one [B, T, H]."""
-        steps = self.batch * self.steps if self.lengths is None else int(self.lengths.sum())
-        return steps * self.hidden_size
+        return int(self.lengths_on_cpu.sum()) * self.hidden_size
 
     def inputs(self, dtype: torch.dtype | None) -> list[Tensor]:
         """The same numbers each time, rounded to the problem's dtype; they require grad in training."""
