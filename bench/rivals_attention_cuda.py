@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who can do the work of softmax attention over states and of the auxiliary loss on a GPU: ours, the equations composed of
-torch's operators as public code writes them, and torch.compile of these.
+"""Who can do the work of softmax attention over states and of the auxiliary loss on a GPU: ours, the equations composed
+of torch's operators as public code writes them, and torch.compile of these.
 
 All are given the same tensors. All give the scores or the loss, and in training the gradients of the inputs and of the
 weight for one given gradient of the result.
@@ -69,7 +69,7 @@ class Problem:
     def shapes(self) -> list[tuple[int, ...]]:
         raise NotImplementedError
 
-    def run(self, module: Any, inputs: list[Tensor]) -> Tensor:
+    def run(self, module: Any, inputs: list[Tensor], lengths: Tensor | None) -> Tensor:
         """The operator of a module: dien_ops.functional, dien_ops.reference or Composed."""
         raise NotImplementedError
 
@@ -91,8 +91,8 @@ class Attention(Problem):
         sizes = self.hidden_size, self.target_size
         return [(self.batch, self.steps, sizes[0]), (*rows, sizes[1]), sizes]
 
-    def run(self, module: Any, inputs: list[Tensor]) -> Tensor:
-        scores: Tensor = module.bilinear_attention(*inputs, lengths=self.lengths)
+    def run(self, module: Any, inputs: list[Tensor], lengths: Tensor | None) -> Tensor:
+        scores: Tensor = module.bilinear_attention(*inputs, lengths=lengths)
         return scores
 
     @property
@@ -116,8 +116,8 @@ class Pairs(Problem):
     def shapes(self) -> list[tuple[int, ...]]:
         return [(self.batch, self.steps, self.hidden_size)] * 3
 
-    def run(self, module: Any, inputs: list[Tensor]) -> Tensor:
-        loss: Tensor = module.auxiliary_loss(*inputs, lengths=self.lengths)
+    def run(self, module: Any, inputs: list[Tensor], lengths: Tensor | None) -> Tensor:
+        loss: Tensor = module.auxiliary_loss(*inputs, lengths=lengths)
         return loss
 
     @property
@@ -137,12 +137,12 @@ def exact(p: Problem) -> list[Tensor]:
 
 
 def call_of(p: Problem, module: Any, dtype: torch.dtype | None = None) -> Callable[[], list[Tensor]]:
-    inputs = p.inputs(dtype)
+    inputs, lengths = p.inputs(dtype), p.lengths
     with torch.no_grad():
-        result = p.run(reference, inputs)
+        result = p.run(reference, inputs, lengths)
     generator = torch.Generator(p.device).manual_seed(3)
     grad = torch.empty(result.shape, device=p.device).uniform_(0.5, 1, generator=generator).to(p.dtype).to(result.dtype)
-    return rivals._compute(lambda: p.run(module, inputs), inputs, grad, p.train)
+    return rivals._compute(lambda: p.run(module, inputs, lengths), inputs, grad, p.train)
 
 
 def contestant(p: Any, module: Any, **more: Any) -> Contestant:
