@@ -27,7 +27,7 @@ COMPOSED, COMPILED = "torch's operators", "torch.compile of them"  # as tables c
 
 @dataclass(frozen=True)
 class Problem:
-    """What both have in common: B sequences of T states of H numbers; lengths in 1..T where they are uniform, else all T."""
+    """What both have in common: B sequences of T states of H numbers; lengths are uniform in 1..T, or all are T."""
 
     batch: int
     steps: int

@@ -524,6 +524,13 @@ def test_what_does_not_fit_on_the_chip_is_in_global_memory(sizes, shared_bytes, 
         assert_close(found, expected, 1e-5)
 
 
+@pytest.mark.parametrize("targets", [1, 6])
+def test_blocks_that_run_together_do_not_share_their_part_of_global_memory(targets, on_device):
+    # 240 KB of logits for each target, which no GPU of today has on the chip; the executor runs one block after the other
+    given, lengths = arguments((150, targets, 30_000, 4, 3)), torch.arange(150) * 200
+    assert_close(results(functional, given, lengths), results(reference, given, lengths))
+
+
 ORDERED_SIZES = [(3, None, 9, 10, 6), (3, 4, 9, 140, 5), (2, 7, 70, 9, 5), (2, 34, 9, 9, 5), (130, 1, 2, 3, 2)]
 
 
