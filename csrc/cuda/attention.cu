@@ -4,8 +4,9 @@
 // scores written, over 3.35 TB/s on an H100; B1024 T100 H128 in float32 are 52 MB, 16 us, and the backward moves twice that.
 //
 // A block takes one sequence and some of its targets, so that logits, softmax and scores need no memory between them: the
-// logits of all T steps stay in shared memory (in a workspace in global memory where T is in the ten thousands: slow, and never
-// wrong), a warp makes a target's scores of them, and padding is neither read nor counted.
+// logits of all T steps stay in shared memory, a warp makes a target's scores of them, and padding is neither read nor counted.
+// (Where T is in the thousands for many targets, in the ten thousands for one, they lie in a workspace in global memory: slow,
+// and never wrong.)
 //
 //   score_rows     C <= kFewTargets, in training one. A product tile would be empty but for a row or two, so every dot product
 //                  is taken as it comes: the lanes of a row (rows.cuh) load it once, for all targets, and add up. Nothing is
