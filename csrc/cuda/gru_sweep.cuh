@@ -16,6 +16,7 @@
 #include "cuda/gru.h"
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
+#include "cuda/workspace.cuh"
 
 namespace dien_ops::cuda {
 
@@ -110,32 +111,6 @@ DIEN_OPS_DEVICE void store_gates(const gmem<S>& to, int64_t entry, int64_t gates
                                  bool paired, const Pairs&... gates) {
     int64_t i = entry * gates_size + int64_t(first) * hidden + unit;
     ((store_pair(to, i, pair_count(unit, hidden), paired, gates), i += hidden), ...);
-}
-
-// Carves a block's part of a workspace in global memory as an Arena does shared memory.
-class GlobalArena {
-  public:
-    DIEN_OPS_DEVICE GlobalArena(const gmem<unsigned char>& workspace, int64_t bytes_per_block)
-        : next_(workspace.ptr + block_index() * bytes_per_block) {}
-    template <typename T>
-    DIEN_OPS_DEVICE gmem<T> take(int n, const char* name) {
-        T* const ptr = reinterpret_cast<T*>(next_);
-        next_ += arena_bytes<T>(n);
-        return gmem<T>(ptr, n, name);
-    }
-
-  private:
-    unsigned char* next_;
-};
-
-// Of the block's two arenas the one in which its state lies.
-template <bool kShared>
-DIEN_OPS_DEVICE auto& state_arena([[maybe_unused]] Arena& shared, [[maybe_unused]] GlobalArena& global) {
-    if constexpr (kShared) {
-        return shared;
-    } else {
-        return global;
-    }
 }
 
 // Copies the resident tiles of k of every unit tile; `per_tile` column tiles of a unit tile lie side by side. The caller waits.
