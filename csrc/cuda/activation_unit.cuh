@@ -244,6 +244,19 @@ DIEN_OPS_DEVICE T sum_over_rows(T x) {
     return x;
 }
 
+constexpr int kPairThreads = 128, kPairWarps = kPairThreads / kWarp;  // of a block that takes a pair
+
+// A block's maximum or sum: of the warps' values, joined in their order. All threads call; `memory` has a number for each warp.
+template <typename T, typename F>
+DIEN_OPS_DEVICE T over_block(const view<T>& memory, T of_warp, const F& join) {
+    sync_block();
+    if (lane_index() == 0) memory.st(warp_index(), of_warp);
+    sync_block();
+    T result = memory.ld(0);
+    for (int i = 1; i < block_warps(); ++i) result = join(result, memory.ld(i));
+    return result;
+}
+
 // One column's Dice or PReLU.
 template <typename T>
 struct UnitGate {

@@ -330,47 +330,36 @@ void merge_moments(UnitParams<S> p, int layer, DiceEps eps, gmem<const double> m
 
 // --------------------------------------------------------------------------------------------------------- softmax, pooling
 
-constexpr int kPoolThreads = 128, kPoolWarps = kPoolThreads / kWarp, kPoolSteps = 128;
-
-// A block's maximum or sum: of the warps' first, in their order. All threads call; `memory` has a number for each warp.
-template <typename T, typename F>
-DIEN_OPS_DEVICE T over_block(const view<T>& memory, T of_warp, const F& join) {
-    sync_block();
-    if (lane_index() == 0) memory.st(warp_index(), of_warp);
-    sync_block();
-    T result = memory.ld(0);
-    for (int i = 1; i < kPoolWarps; ++i) result = join(result, memory.ld(i));
-    return result;
-}
+constexpr int kPoolSteps = 128;  // at a time
 
 // A pair's scores from its logits, and its pooled vector: warps take steps in turns, their lanes 32 numbers of the keys.
 template <typename S>
-DIEN_OPS_KERNEL(kPoolThreads)
+DIEN_OPS_KERNEL(kPairThreads)
 void unit_pool(UnitParams<S> p, gmem<const Compute<S>> logits, gmem<S> scores, gmem<S> pooled) {
     using T = Compute<S>;
     const int64_t pair = block_index(), b = pair / p.s.targets, length = p.length(b), begin = pair * p.s.steps;
     const int D = p.s.dim;
     Arena arena;
-    const auto of_warps = arena.take<T>(kPoolWarps, "of warps");
+    const auto of_warps = arena.take<T>(kPairWarps, "of warps");
     const auto chunk = arena.take<T>(kPoolSteps, "scores");
-    const auto sums = arena.take<T>(kPoolThreads, "sums");
+    const auto sums = arena.take<T>(kPairThreads, "sums");
     T most = 0, scale = 1;
     if (p.s.softmax && length > 0) {
         most = logits.ld(begin);
-        for (int64_t t = thread_index(); t < length; t += kPoolThreads) {
+        for (int64_t t = thread_index(); t < length; t += kPairThreads) {
             const T logit = logits.ld(begin + t);
             most = most < logit ? logit : most;
         }
         most = over_block(of_warps, warp_max(most), [](T a, T b) { return a < b ? b : a; });
         T sum = 0;
-        for (int64_t t = thread_index(); t < length; t += kPoolThreads) sum += exp_exact(logits.ld(begin + t) - most);
+        for (int64_t t = thread_index(); t < length; t += kPairThreads) sum += exp_exact(logits.ld(begin + t) - most);
         scale = T(1) / over_block(of_warps, warp_sum(sum), [](T a, T b) { return a + b; });
     }
     const auto score = [&](int64_t t) {
         const T logit = logits.ld(begin + t);
         return p.s.softmax ? exp_exact(logit - most) * scale : logit;
     };
-    for (int64_t t = thread_index(); t < p.s.steps; t += kPoolThreads) {
+    for (int64_t t = thread_index(); t < p.s.steps; t += kPairThreads) {
         scores.st(begin + t, to_storage<S>(t < length ? score(t) : T(0)));
     }
     for (int first = 0; first < D; first += kWarp) {
@@ -383,7 +372,7 @@ void unit_pool(UnitParams<S> p, gmem<const Compute<S>> logits, gmem<S> scores, g
             sync_block();
             const int64_t keys = (b * p.s.steps + t0) * D + d;
 #pragma unroll 8
-            for (int t = warp_index(); t < count; t += kPoolWarps) {
+            for (int t = warp_index(); t < count; t += kPairWarps) {
                 sum += chunk.ld(t) * to_compute(p.keys.template ld_if<S>(d < D, keys + int64_t(t) * D));
             }
         }
@@ -392,13 +381,13 @@ void unit_pool(UnitParams<S> p, gmem<const Compute<S>> logits, gmem<S> scores, g
         sync_block();
         if (warp_index() == 0 && d < D) {
             T total = sums.ld(lane_index());
-            for (int i = 1; i < kPoolWarps; ++i) total += sums.ld(i * kWarp + lane_index());
+            for (int i = 1; i < kPairWarps; ++i) total += sums.ld(i * kWarp + lane_index());
             pooled.st(pair * D + d, to_storage<S>(total));
         }
     }
 }
 
-int64_t pool_bytes(int64_t size) { return arena_bytes<char>(kPoolWarps * size) + (kPoolSteps + kPoolThreads) * size; }
+int64_t pool_bytes(int64_t size) { return arena_bytes<char>(kPairWarps * size) + (kPoolSteps + kPairThreads) * size; }
 
 // ---------------------------------------------------------------------------------------------------------------- launches
 
@@ -518,7 +507,7 @@ void unit_forward(Stream stream, const UnitForward<S>& p) {
             }
         }
         stages(p.batch_statistics ? s.hidden_layers : 0, s.hidden_layers);
-        launch("unit_pool", unit_pool<S>, Grid{p.pairs(), 1, 1, kPoolThreads, pool_bytes(sizeof(T))}, stream, params,
+        launch("unit_pool", unit_pool<S>, Grid{p.pairs(), 1, 1, kPairThreads, pool_bytes(sizeof(T))}, stream, params,
                gmem<const T>{p.logits, p.rows(), "logits"}, gmem<S>{p.scores, p.rows(), "scores"},
                gmem<S>{p.pooled, p.pairs() * p.embedding_dim, "pooled"});
     });

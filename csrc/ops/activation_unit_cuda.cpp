@@ -106,10 +106,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_activation_unit(const Tensor& q
     return {pooled, scores, statistics, hidden};
 }
 
+std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> local_activation_unit_backward(
+    const OptionalTensor& grad_pooled, const OptionalTensor& grad_scores, const Tensor& query, const Tensor& keys,
+    const Tensors& weights, const Tensors& biases, const Tensors& alphas, const Tensor& statistics, const Tensor& hidden,
+    const Tensor& scores, const OptionalTensor& lengths, const std::string& activation, bool batch_statistics, double eps,
+    double variance_eps, bool softmax, bool allow_tf32) {
+    const UnitArguments a =
+        read_unit_arguments(query, keys, weights, biases, alphas, activation, batch_statistics, eps, variance_eps, softmax);
+    const UnitBackwardArguments given(a, grad_pooled, grad_scores, statistics, hidden, scores);
+    const CudaDevice device(keys);
+    const Plan plan(device, lengths, a.B, a.T);
+    const auto empty = [&](const std::vector<int64_t>& sizes, ScalarType dtype) { return device.empty(sizes, dtype); };
+    const UnitGradients grads(a, empty);
+    with_storage_type(a.dtype, "keys", [&](auto zero) {
+        using S = decltype(zero);
+        using T = Compute<S>;
+        UnitBackward<S> p{problem<S>(a, plan, allow_tf32)};
+        const Workspace<S> workspace(device, a, p, cuda::unit_backward_workspace(p));
+        const Tensor grad_logits = empty(a.score_sizes(), a.compute_dtype());
+        const Tensor hidden_gradient = empty(a.hidden_sizes(), a.compute_dtype());
+        const Tensor partial = empty({cuda::unit_backward_partial(p)}, a.compute_dtype());
+        p.statistics = pointer<T>(given.statistics), p.hidden = pointer<T>(given.hidden);
+        p.scores = pointer<S>(given.scores);
+        p.grad_pooled = pointer<S>(given.grad_pooled), p.grad_scores = pointer<S>(given.grad_scores);
+        p.grad_logits = mutable_pointer<T>(grad_logits), p.hidden_gradient = mutable_pointer<T>(hidden_gradient);
+        p.partial = mutable_pointer<T>(partial);
+        p.grad_query = mutable_pointer<S>(grads.query), p.grad_keys = mutable_pointer<S>(grads.keys);
+        p.grad_weights = mutable_pointers<T>(grads.weights), p.grad_biases = mutable_pointers<T>(grads.biases);
+        p.grad_alphas = mutable_pointers<T>(grads.alphas);
+        cuda::unit_backward(device.stream(), p);
+    });
+    return grads.all();
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dien_ops, DIEN_OPS_CUDA_KEY, m) {
     m.impl("local_activation_unit", TORCH_BOX(&local_activation_unit));
+    m.impl("local_activation_unit_backward", TORCH_BOX(&local_activation_unit_backward));
 }
 
 }  // namespace dien_ops::ops

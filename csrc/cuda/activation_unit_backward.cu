@@ -1,0 +1,772 @@
+// SPDX-License-Identifier: Apache-2.0
+// The local activation unit's backward. Contracts: activation_unit.h; tiles, and what a block keeps where: activation_unit.cuh.
+//
+// unit_grad_logits has a block per pair and turns the gradients of scores and pooled vector into that of the logits, the
+// softmax's included. unit_gradients has a block for a run of tiles and of targets. For each tile and target it computes the
+// hidden values anew, which takes less time than to write and fetch them, and goes down through the layers: with the gradient
+// g of a layer's values before the activation, rounded to the operand type, in shared memory, it adds g^T times the layer's
+// inputs to the weight's gradient, and g W is what the layer below gets. A lane that has two numbers of g W has the values
+// before the activation at the same places, and leaves the next g there.
+//
+// Sums have one order, which sizes and lengths fix. A block has its own part of the weights' gradients, and of the columns'
+// sums (biases, alphas) one for every 16 rows of a tile; each number is one lane's alone, in all its tiles, so that it is added
+// to in global memory (that is, in the L2 cache) without a barrier. finish_layer adds the parts up. The keys' gradient sums
+// over targets in shared memory, the steps of a tile being the same for all of them; where there are few steps, blocks share
+// their targets and finish_keys adds up. The query's gradient sums over steps: a tile leaves a sum for every sequence that it
+// has steps of, and finish_query adds a sequence's tiles.
+//
+// Dice with batch statistics needs three sums over all rows before a gradient goes through it. Stage L takes the logits'
+// gradient to the last layer's values behind the activation, stage l < L that of layer l through the activation and the
+// product to layer l - 1; gradients behind activations lie in global memory between. Without batch statistics all stages are
+// one launch.
+//
+// The floor is three times the forward's products; see there.
+#include <iterator>
+
+#include "cuda/activation_unit.cuh"
+
+namespace dien_ops::cuda {
+namespace {
+
+constexpr int64_t kMostParts = 264;  // two blocks for each multiprocessor of an H100
+constexpr int64_t kMostBytes = 64 << 20;
+
+// Sums over rows: alpha's gradient, or the first of Dice's three; the other two; the bias's; the output weight's.
+enum UnitSum { kSumAlpha, kSumLogit, kSumCentered, kSumBias, kSumOutput, kUnitSums };
+
+// ---------------------------------------------------------------------------------------------- products over a tile's rows
+
+// Fragments of operands that lie row by row where the product runs over rows: A is g^T, B the layer's inputs. `at` is the first
+// row's number of the fragment's first column.
+template <typename Math>
+struct OverRows;
+
+template <typename T>
+struct OverRows<ExactMath<T>> {
+    using Math = ExactMath<T>;
+    template <typename Memory>
+    DIEN_OPS_DEVICE static typename Math::A load_a(const Memory& a, int at, int stride) {
+        typename Math::A result;
+#pragma unroll
+        for (int k = 0; k < Math::kDepth; ++k) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) result.row[i].v[k] = a.ld(at + k * stride + tile_row() + i * 8);
+        }
+        return result;
+    }
+    template <typename Memory>
+    DIEN_OPS_DEVICE static typename Math::B load_b(const Memory& b, int at, int stride) {
+        typename Math::B result;
+#pragma unroll
+        for (int k = 0; k < Math::kDepth; ++k) {
+            const auto pair = b.template ld_as<Pack<T, 2>>(at + k * stride + tile_column());
+            result.column[0].v[k] = pair.v[0], result.column[1].v[k] = pair.v[1];
+        }
+        return result;
+    }
+};
+
+template <>
+struct OverRows<Tf32Math> {
+    template <typename Memory>
+    DIEN_OPS_DEVICE static Tf32Math::A load_a(const Memory& a, int at, int stride) {
+        const int i = at + lane_index() % 4 * stride + tile_row();
+        return {a.ld(i), a.ld(i + 8), a.ld(i + 4 * stride), a.ld(i + 4 * stride + 8)};
+    }
+    template <typename Memory>
+    DIEN_OPS_DEVICE static Tf32Math::B load_b(const Memory& b, int at, int stride) {
+        const int i = at + lane_index() % 4 * stride + tile_row();
+        return {b.ld(i), b.ld(i + 4 * stride)};
+    }
+};
+
+template <typename S>
+struct OverRows<HalfMath<S>> {
+    using Math = HalfMath<S>;
+    template <typename Memory>
+    DIEN_OPS_DEVICE static uint32_t two_rows(const Memory& from, int i, int stride) {
+        return uint32_t(from.ld(i).bits) | uint32_t(from.ld(i + stride).bits) << 16;
+    }
+    template <typename Memory>
+    DIEN_OPS_DEVICE static typename Math::A load_a(const Memory& a, int at, int stride) {
+        const int i = at + tile_column() * stride + tile_row();
+        return {two_rows(a, i, stride), two_rows(a, i + 8, stride), two_rows(a, i + 8 * stride, stride),
+                two_rows(a, i + 8 * stride + 8, stride)};
+    }
+    template <typename Memory>
+    DIEN_OPS_DEVICE static typename Math::B load_b(const Memory& b, int at, int stride) {
+        const int i = at + tile_column() * stride + tile_row();
+        return {two_rows(b, i, stride), two_rows(b, i + 8 * stride, stride)};
+    }
+};
+
+// gradient [outputs, width of inputs] += g^T y, over the tile's rows.
+template <typename Math, typename MemoryG, typename MemoryY>
+DIEN_OPS_DEVICE void add_weight_gradient(const MemoryG& g, int g_first, const MemoryY& y, int y_first, const UnitLayer& l,
+                                         int rows, const gmem<Accumulator<Math>>& gradient, int64_t at) {
+    using T = Accumulator<Math>;
+    const int g_stride = unit_stride<Math>(l.outputs), y_stride = unit_stride<Math>(l.inputs);
+    const int tiles = column_tiles(l.inputs), width = unit_width(l.inputs);
+    for_items<Math, kItemTiles>(divide_up(l.outputs, kTileRows), tiles, [&](int m, int first_tile, T(&d)[1][kItemTiles][4]) {
+#pragma unroll 2
+        for (int k = 0; k < rows; k += Math::kDepth) {
+            const auto a = OverRows<Math>::load_a(g, g_first + k * g_stride + m * kTileRows, g_stride);
+#pragma unroll
+            for (int n = 0; n < kItemTiles; ++n) {
+                const int tile = first_tile + n < tiles ? first_tile + n : tiles - 1;  // some once more: nobody looks at them
+                Math::multiply(d[0][n], a, OverRows<Math>::load_b(y, y_first + k * y_stride + tile * kTileColumns, y_stride));
+            }
+        }
+        for_lane_pairs<kItemTiles>(m, first_tile, l.inputs, [&](int half, int n, int row, int column) {
+            if (row >= l.outputs) return;
+            const int64_t i = at + int64_t(row) * width + column;
+            auto sum = gradient.template ld_as<Pack<T, 2>>(i);
+            sum.v[0] += d[0][n][half * 2], sum.v[1] += d[0][n][half * 2 + 1];
+            gradient.st_as(i, sum);
+        });
+    });
+}
+
+// ------------------------------------------------------------------------------------------------------------ the logits
+
+template <typename S>
+DIEN_OPS_KERNEL(kPairThreads)
+void unit_grad_logits(UnitParams<S> p, gmem<const S> scores, gmem<const S> grad_pooled, gmem<const S> grad_scores,
+                      gmem<Compute<S>> grad_logits, gmem<Compute<S>> pair_sums) {
+    using T = Compute<S>;
+    const int64_t pair = block_index(), b = pair / p.s.targets, length = p.length(b), begin = pair * p.s.steps;
+    const int D = p.s.dim;
+    const auto add = [](T a, T b) { return a + b; };
+    Arena arena;
+    const auto of_warps = arena.take<T>(kPairWarps, "of warps");
+    for (int64_t t = warp_index(); t < length; t += kPairWarps) {
+        T sum = 0;
+        if (grad_pooled) {
+            const int64_t key = (b * p.s.steps + t) * D;
+            for (int d = lane_index(); d < D; d += kWarp) {
+                sum += to_compute(grad_pooled.ld(pair * D + d)) * to_compute(p.keys.ld(key + d));
+            }
+        }
+        sum = warp_sum(sum);
+        if (lane_index() == 0) grad_logits.st(begin + t, sum + (grad_scores ? to_compute(grad_scores.ld(begin + t)) : T(0)));
+    }
+    sync_block();
+    T sum = 0;
+    for (int64_t t = thread_index(); t < length; t += kPairThreads) {
+        sum += grad_logits.ld(begin + t) * (p.s.softmax ? to_compute(scores.ld(begin + t)) : T(1));
+    }
+    sum = over_block(of_warps, warp_sum(sum), add);
+    if (p.s.softmax) {
+        for (int64_t t = thread_index(); t < length; t += kPairThreads) {
+            grad_logits.st(begin + t, to_compute(scores.ld(begin + t)) * (grad_logits.ld(begin + t) - sum));
+        }
+    }
+    if (thread_index() == 0) pair_sums.st(pair, p.s.softmax ? T(0) : sum);  // the softmax takes no notice of the bias
+}
+
+// ------------------------------------------------------------------------------------------------------------ the layers
+
+// How the work is cut up, and where what the blocks leave behind lies in `partial`; from sizes alone.
+struct Parts {
+    int64_t tiles, targets;      // parts of the tiles, and of the targets
+    int64_t gradients, sums;     // [blocks, s.gradient], [blocks, row tiles, kUnitSums, columns]
+    int64_t query, keys;         // [tiles + B, C, D], [targets, B * T, D] where they are more than 1
+    int64_t pair_sums, numbers;  // [B * C], all of it
+
+    int64_t blocks() const { return tiles * targets; }
+    Parts(const UnitShape& s, int64_t size) {
+        const int64_t most = std::max<int64_t>(1, std::min(kMostParts, kMostBytes / std::max<int64_t>(1, s.gradient * size)));
+        const int64_t most_tiles = s.most_tiles();
+        tiles = std::min(most_tiles, most);
+        targets = tiles == 0 ? 0 : std::min(s.targets, std::max<int64_t>(1, most / tiles));
+        int64_t at = 0;
+        const auto take = [&](int64_t n) { return (at += round_up<int64_t>(n, 16)) - round_up<int64_t>(n, 16); };
+        gradients = take(blocks() * s.gradient);
+        sums = take(blocks() * (s.rows / kTileRows) * kUnitSums * s.columns);
+        query = take((most_tiles + s.batch) * s.targets * s.dim);
+        keys = take(targets > 1 ? targets * s.batch * s.steps * s.dim : 0);
+        pair_sums = take(s.batch * s.targets);
+        numbers = at;
+    }
+};
+
+template <typename S>
+struct GradientParams : UnitParams<S> {
+    using T = Compute<S>;
+    int64_t tile_parts, target_parts;
+    gmem<const S> scores, grad_pooled;
+    gmem<const T> grad_logits, hidden;
+    gmem<T> hidden_gradient, gradients, sums, query_sums, keys_sums;
+    gmem<S> grad_keys;
+
+    GradientParams(const UnitBackward<S>& p, const UnitShape& s, const Parts& parts)
+        : UnitParams<S>(p, s, parts.blocks()),
+          tile_parts(parts.tiles),
+          target_parts(parts.targets),
+          scores(p.scores, p.rows(), "scores"),
+          grad_pooled(p.grad_pooled, p.pairs() * p.embedding_dim, "grad_pooled"),
+          grad_logits(p.grad_logits, p.rows(), "grad_logits"),
+          hidden(p.hidden, s.hidden, "hidden"),
+          hidden_gradient(p.hidden_gradient, s.hidden, "gradient of hidden"),
+          gradients(p.partial + parts.gradients, parts.sums - parts.gradients, "parts of weights' gradients"),
+          sums(p.partial + parts.sums, parts.query - parts.sums, "parts of columns' sums"),
+          query_sums(p.partial + parts.query, parts.keys - parts.query, "parts of grad_query"),
+          keys_sums(p.partial + parts.keys, parts.pair_sums - parts.keys, "parts of grad_keys"),
+          grad_keys(p.grad_keys, p.batch * p.steps * p.embedding_dim, "grad_keys") {}
+
+    DIEN_OPS_DEVICE int64_t sums_of(int64_t block, int m, UnitSum kind) const {
+        return ((block * (this->s.rows / kTileRows) + m) * kUnitSums + kind) * this->s.columns;
+    }
+};
+
+template <typename T>
+int64_t gradients_fixed(int rows) {
+    return UnitRows::bytes(rows) + arena_bytes<T>(rows);
+}
+
+// What happens to one number of a layer's values on its way down.
+template <typename T>
+struct Descent {
+    T activation, gradient;  // behind, and before the activation
+    T sums[3];               // terms of kSumAlpha, kSumLogit, kSumCentered
+};
+
+// value: before the activation; for the sigmoid, behind it. g: the gradient behind it.
+template <typename Math, typename T>
+DIEN_OPS_DEVICE Descent<T> descend(Activation activation, bool linear, T value, T g, const UnitGate<T>& gate, T mean_g_logit,
+                                   T pull) {
+    if (linear) return {value, g, {}};
+    if (activation == Activation::sigmoid) return {value, g * value * (T(1) - value), {}};
+    if (activation == Activation::prelu) {
+        const bool positive = value > 0;
+        return {positive ? value : gate.alpha * value, positive ? g : gate.alpha * g, {positive ? T(0) : value * g, 0, 0}};
+    }
+    const T centered = value - gate.mean, p = Math::sigmoid(gate.scale * centered);
+    const T g_logit = dice_logit_gradient(g, value, p, gate.alpha);
+    return {dice_value(value, p, gate.alpha),
+            dice_gradient(g, g_logit, p, gate.alpha, gate.scale, centered, mean_g_logit, pull),
+            {g * dice_slope_of_alpha(value, p), g_logit, g_logit * centered}};
+}
+
+template <typename Math, bool kShared>
+DIEN_OPS_KERNEL(kUnitThreads)
+void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, int last_stage) {
+    using S = typename Math::Storage;
+    using T = Accumulator<Math>;
+    using Operand = typename Math::Operand;
+    constexpr bool kOneType = std::is_same_v<T, Operand>;
+    const UnitShape& s = p.s;
+    const int D = s.dim, width = unit_width(D), last = s.layers - 1, row_tiles = s.rows / kTileRows;
+    const bool linear = s.hidden_layers == 0, kept = s.batch_statistics;
+    Arena arena;
+    GlobalArena workspace(p.workspace, s.memory_bytes);
+    const UnitRows rows(arena, s.rows);
+    const auto grad_logit = arena.take<T>(s.rows, "gradients of logits");
+    auto& memory = state_arena<kShared>(arena, workspace);
+    const auto x = memory.template take<Operand>(s.rows * s.first_stride, "inputs");
+    const auto y = memory.template take<Operand>(s.rows * s.layer[last].row, "activations");  // but the last layer's
+    const auto g = memory.template take<Operand>(s.rows * s.row, "gradients");
+    // Before the activation; for the sigmoid, behind it. g takes their places, where it has the same type.
+    const auto own_values = memory.template take<T>(kOneType ? 0 : s.rows * s.row, "values");
+    const auto values = [&] {
+        if constexpr (kOneType) {
+            return g;
+        } else {
+            return own_values;
+        }
+    }();
+    const auto query_terms = memory.template take<T>(s.rows * width, "terms of grad_query");
+    const auto keys_sum = memory.template take<T>(s.rows * width, "sums of grad_keys");
+    const auto at = [&](int layer) { return s.rows * s.layer[layer].row; };  // where a layer's rows begin
+
+    const int64_t block = block_index(), tile_part = block % p.tile_parts, target_part = block / p.tile_parts;
+    const int64_t tiles = p.tiles(), last_tile = tiles * (tile_part + 1) / p.tile_parts;
+    const int64_t first_target = s.targets * target_part / p.target_parts;
+    const int64_t end_target = s.targets * (target_part + 1) / p.target_parts;
+    if (first_stage == s.hidden_layers) {
+        for (int64_t i = thread_index(); i < s.gradient; i += kUnitThreads) p.gradients.st(block * s.gradient + i, 0);
+        const int64_t numbers = int64_t(row_tiles) * kUnitSums * s.columns;
+        for (int64_t i = thread_index(); i < numbers; i += kUnitThreads) p.sums.st(block * numbers + i, 0);
+    }
+    for (int layer = 0; layer < s.layers; ++layer) {
+        const int outputs = s.layer[layer].outputs, stride = unit_stride<Math>(outputs);
+        clear_tail<Math>(g, at(layer), stride, s.rows, outputs);
+        if (layer < last) clear_tail<Math>(y, at(layer), stride, s.rows, outputs);
+    }
+    sync_block();
+
+    for (int64_t tile = tiles * tile_part / p.tile_parts; tile < last_tile; ++tile) {
+        p.read_rows(rows, tile);
+        sync_block();
+        for (int64_t c = first_target; c < end_target; ++c) {
+            const int64_t step = tile * s.rows;
+            const auto pair_of = [&](int row) { return rows.sequence.ld(row) * s.targets + c; };
+            const auto score_of = [&](int row) {
+                const int64_t b = rows.sequence.ld(row);
+                return (b * s.targets + c) * s.steps + rows.place.ld(row) - b * s.steps;
+            };
+            // A layer's item on its way through the activation: d is the gradient behind it, value(half, n, row, column) gives
+            // the values. arriving: it is the first to be there, and adds what sums need. leaving: it goes on, to g.
+            const auto through = [&](int layer, int m, int first_tile, T(&d)[1][kItemTiles][4], bool top, bool arriving,
+                                     bool leaving, const auto& value) {
+                const UnitLayer& l = s.layer[layer];
+                const int stride = unit_stride<Math>(l.outputs);
+#pragma unroll
+                for (int n = 0; n < kItemTiles; ++n) {
+                    const int column = (first_tile + n) * kTileColumns + tile_column();
+                    if ((first_tile + n) * kTileColumns >= l.outputs) break;
+                    const UnitGates<S> gates(p, l, column);
+                    Pack<T, 2> mean_g_logit = {}, pull = {};
+                    if (kept && leaving) {
+                        mean_g_logit = p.column_pair(kMeanLogitGradient, l, column);
+                        pull = p.column_pair(kPull, l, column);
+                    }
+                    T sums[kUnitSums][2] = {};
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const int row = m * kTileRows + half * 8 + tile_row();
+                        const Pack<T, 2> v = value(half, n, row, column);
+                        const bool present = rows.place.ld(row) >= 0;
+                        Pack<Operand, 2> to;
+#pragma unroll
+                        for (int j = 0; j < 2; ++j) {
+                            const bool valid = present && column + j < l.outputs;
+                            const Descent<T> step = descend<Math>(s.activation, linear, v.v[j], d[0][n][half * 2 + j],
+                                                                  gates.v[j], mean_g_logit.v[j], pull.v[j]);
+                            to.v[j] = Math::operand(valid ? step.gradient : T(0));
+                            if (!valid) continue;
+#pragma unroll
+                            for (int k = 0; k < 3; ++k) sums[k][j] += step.sums[k];
+                            sums[kSumBias][j] += step.gradient;
+                            if (top) sums[kSumOutput][j] += grad_logit.ld(row) * step.activation;
+                        }
+                        if (leaving) {
+                            g.st_as(at(layer) + row * stride + column, to);
+                        } else if (present) {
+                            p.hidden_gradient.st_as(p.kept(l, c, step + row) + column,
+                                                    Pack<T, 2>{d[0][n][half * 2], d[0][n][half * 2 + 1]});
+                        }
+                    }
+                    const auto add = [&](UnitSum kind) {
+                        Pack<T, 2> sum = {sum_over_rows(sums[kind][0]), sum_over_rows(sums[kind][1])};
+                        if (tile_row() > 0) return;
+                        const int64_t i = p.sums_of(block, m, kind) + l.columns + column;
+                        const auto before = p.sums.template ld_as<Pack<T, 2>>(i);
+                        p.sums.st_as(i, Pack<T, 2>{before.v[0] + sum.v[0], before.v[1] + sum.v[1]});
+                    };
+                    if (arriving && s.activation != Activation::sigmoid) add(kSumAlpha);
+                    if (arriving && kept) add(kSumLogit), add(kSumCentered);
+                    if (arriving && top) add(kSumOutput);
+                    if (leaving) add(kSumBias);
+                }
+            };
+            // What `value` is where the values are kept.
+            const auto kept_value = [&](int layer) {
+                return [&, layer](int, int, int row, int column) {
+                    const bool present = rows.place.ld(row) >= 0;
+                    const int64_t i = p.kept(s.layer[layer], c, step + row) + column;
+                    return present ? p.hidden.template ld_as<Pack<T, 2>>(i) : Pack<T, 2>{};
+                };
+            };
+            // The gradient of the last hidden layer behind its activation.
+            const auto from_logits = [&](int m, int first_tile, T(&d)[1][kItemTiles][4]) {
+                const UnitLayer& l = s.layer[last];
+                for_lane_pairs<kItemTiles>(m, first_tile, l.outputs, [&](int half, int n, int row, int column) {
+                    const auto weight = p.column_pair(kOutputWeight, l, column);
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        const T of_logit = linear ? T(column + j == 0) : weight.v[j];
+                        d[0][n][half * 2 + j] = grad_logit.ld(row) * of_logit;
+                    }
+                });
+            };
+
+            for (int i = thread_index(); i < s.rows; i += kUnitThreads) {
+                grad_logit.st(i, rows.place.ld(i) >= 0 ? p.grad_logits.ld(score_of(i)) : T(0));
+            }
+            if (!kept || last_stage == 0) build_inputs<Math>(p, rows, c, x);
+            sync_block();
+
+            for (int stage = first_stage; stage >= last_stage; --stage) {
+                if (stage == s.hidden_layers && (linear || kept)) {
+                    for_items<Math, kItemTiles>(row_tiles, item_tiles(s.layer[last].outputs),
+                                                [&](int m, int first_tile, T(&d)[1][kItemTiles][4]) {
+                                                    from_logits(m, first_tile, d);
+                                                    const auto none = [](int, int, int, int) { return Pack<T, 2>{}; };
+                                                    if (linear) {
+                                                        through(last, m, first_tile, d, false, false, true, none);
+                                                    } else {
+                                                        through(last, m, first_tile, d, true, true, false, kept_value(last));
+                                                    }
+                                                });
+                    sync_block();
+                } else if (stage == s.hidden_layers) {
+                    for (int layer = 0; layer < s.layers; ++layer) {
+                        const UnitLayer& l = s.layer[layer];
+                        const int stride = unit_stride<Math>(l.inputs), next = unit_stride<Math>(l.outputs);
+                        const int tiles = item_tiles(l.outputs);
+                        for_items<Math, kItemTiles>(row_tiles, tiles, [&](int m, int first_tile, T(&d)[1][kItemTiles][4]) {
+                            const int64_t weight = l.forward / kTileNumbers<Math> + first_tile;
+                            const int depth = depth_tiles<Math>(l.inputs);
+                            if (layer == 0) {
+                                multiply_tiles<Math>(d, x, m * kTileRows * stride, stride, p.packed, weight, tiles, 0, depth);
+                            } else {
+                                multiply_tiles<Math>(d, y, at(layer - 1) + m * kTileRows * stride, stride, p.packed, weight,
+                                                     tiles, 0, depth);
+                            }
+                            T values_of[kItemTiles][4];
+                            for_lane_pairs<kItemTiles>(m, first_tile, l.outputs, [&](int half, int n, int row, int column) {
+                                const auto bias = p.column_pair(kBias, l, column);
+                                const UnitGates<S> gates(p, l, column);
+                                Pack<T, 2> value;
+                                Pack<Operand, 2> to;
+#pragma unroll
+                                for (int j = 0; j < 2; ++j) {
+                                    const T z = d[0][n][half * 2 + j] + bias.v[j];
+                                    const T a = activate<Math>(s.activation, false, z, gates.v[j]);
+                                    value.v[j] = s.activation == Activation::sigmoid ? a : z;
+                                    to.v[j] = Math::operand(column + j < l.outputs ? a : T(0));
+                                    values_of[n][half * 2 + j] = value.v[j];
+                                }
+                                if (layer == last) return;
+                                values.st_as(at(layer) + row * next + column, value);
+                                y.st_as(at(layer) + row * next + column, to);
+                            });
+                            if (layer < last) return;
+                            from_logits(m, first_tile, d);
+                            through(last, m, first_tile, d, true, true, true, [&](int half, int n, int, int) {
+                                return Pack<T, 2>{values_of[n][half * 2], values_of[n][half * 2 + 1]};
+                            });
+                        });
+                        sync_block();
+                    }
+                }
+                if (stage == s.hidden_layers && !linear) continue;
+
+                const UnitLayer& l = s.layer[stage];
+                const int stride = unit_stride<Math>(l.outputs);
+                if (kept) {
+                    if (stage > 0) load_activations<Math>(p, p.hidden, rows, tile, c, stage - 1, y, at(stage - 1));
+                    for_items<Math, kItemTiles>(
+                        row_tiles, item_tiles(l.outputs), [&](int m, int first_tile, T(&d)[1][kItemTiles][4]) {
+                            for_lane_pairs<kItemTiles>(m, first_tile, l.outputs, [&](int half, int n, int row, int column) {
+                                if (rows.place.ld(row) < 0) return;
+                                const auto pair =
+                                    p.hidden_gradient.template ld_as<Pack<T, 2>>(p.kept(l, c, step + row) + column);
+                                d[0][n][half * 2] = pair.v[0], d[0][n][half * 2 + 1] = pair.v[1];
+                            });
+                            through(stage, m, first_tile, d, false, false, true, kept_value(stage));
+                        });
+                    sync_block();
+                }
+                const int64_t gradient = block * s.gradient + l.gradient;
+                if (stage > 0) {
+                    add_weight_gradient<Math>(g, at(stage), y, at(stage - 1), l, s.rows, p.gradients, gradient);
+                    const int tiles = item_tiles(l.inputs), below = stage - 1;
+                    for_items<Math, kItemTiles>(row_tiles, tiles, [&](int m, int first_tile, T(&d)[1][kItemTiles][4]) {
+                        multiply_tiles<Math>(d, g, at(stage) + m * kTileRows * stride, stride, p.packed,
+                                             l.backward / kTileNumbers<Math> + first_tile, tiles, 0,
+                                             depth_tiles<Math>(l.outputs));
+                        if (kept) {
+                            through(below, m, first_tile, d, false, true, false, kept_value(below));
+                        } else {
+                            const int next = unit_stride<Math>(s.layer[below].outputs);
+                            through(below, m, first_tile, d, false, true, true, [&](int, int, int row, int column) {
+                                return values.template ld_as<Pack<T, 2>>(at(below) + row * next + column);
+                            });
+                        }
+                    });
+                    sync_block();
+                    continue;
+                }
+
+                add_weight_gradient<Math>(g, at(0), x, 0, l, s.rows, p.gradients, gradient);
+                const int triples = item_triples(D), tiles = 3 * triples;
+                for_items<Math, 3 * kItemTriples>(row_tiles, tiles, [&](int m, int first_tile, T(&d)[1][3 * kItemTriples][4]) {
+                    multiply_tiles<Math>(d, g, m * kTileRows * stride, stride, p.packed,
+                                         l.backward / kTileNumbers<Math> + first_tile, tiles, 0, depth_tiles<Math>(l.outputs));
+#pragma unroll
+                    for (int n = 0; n < kItemTriples; ++n) {
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            const int row = m * kTileRows + half * 8 + tile_row();
+                            const int64_t place = rows.place.ld(row);
+#pragma unroll
+                            for (int j = 0; j < 2; ++j) {
+                                const int e = (first_tile / 3 + n) * kTileColumns + tile_column() + j, i = half * 2 + j;
+                                if (e >= D) continue;
+                                const T of_product = d[0][3 * n + 2][i];
+                                const T q = to_compute(x.ld(row * s.first_stride + e));
+                                const T k = to_compute(x.ld(row * s.first_stride + D + e));
+                                query_terms.st(row * width + e, place >= 0 ? d[0][3 * n][i] + k * of_product : T(0));
+                                if (place < 0) continue;
+                                T sum = d[0][3 * n + 1][i] + q * of_product;
+                                if (p.grad_pooled) {
+                                    sum += to_compute(p.scores.ld(score_of(row))) *
+                                           to_compute(p.grad_pooled.ld(pair_of(row) * D + e));
+                                }
+                                if (c > first_target) sum += keys_sum.ld(row * width + e);
+                                if (c + 1 < end_target) {
+                                    keys_sum.st(row * width + e, sum);
+                                } else if (p.target_parts > 1) {
+                                    p.keys_sums.st((target_part * s.batch * s.steps + place) * D + e, sum);
+                                } else {
+                                    p.grad_keys.st(place * D + e, to_storage<S>(sum));
+                                }
+                            }
+                        }
+                    }
+                });
+                sync_block();
+                // Of every sequence in the tile, the sum over its steps.
+                for (int i = thread_index(); i < s.rows * D; i += kUnitThreads) {
+                    const int row = i / D, e = i % D;
+                    const int64_t b = rows.sequence.ld(row);
+                    if (b < 0 || (row > 0 && rows.sequence.ld(row - 1) == b)) continue;
+                    T sum = 0;
+#pragma unroll 4
+                    for (int r = row; r < s.rows; ++r) {
+                        if (rows.sequence.ld(r) != b) break;
+                        sum += query_terms.ld(r * width + e);
+                    }
+                    p.query_sums.st(((tile + b) * s.targets + c) * D + e, sum);
+                }
+            }
+            sync_block();
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------- sums over blocks
+
+// The sum over the block's threads, in a fixed order; thread 0 has it.
+template <typename T>
+DIEN_OPS_DEVICE T sum_over_threads(const view<T>& memory, T x) {
+    return over_block(memory, warp_sum(x), [](T a, T b) { return a + b; });
+}
+
+// What goes back through Dice's statistics of a layer's column, from the sums over all rows. A block for each column.
+template <typename S>
+DIEN_OPS_KERNEL(kElementThreads)
+void feed_back(UnitParams<S> p, int layer, DiceEps eps, gmem<const Compute<S>> sums, int64_t blocks,
+               gmem<const Compute<S>> statistics, gmem<Compute<S>> columns) {
+    const UnitLayer& l = p.s.layer[layer];
+    const int64_t column = l.columns + block_index(), parts = blocks * (p.s.rows / kTileRows);
+    Arena arena;
+    const auto of_warps = arena.take<double>(kElementThreads / kWarp, "of warps");
+    double logit = 0, centered = 0;
+    for (int64_t part = thread_index(); part < parts; part += kElementThreads) {
+        logit += sums.ld((part * kUnitSums + kSumLogit) * p.s.columns + column);
+        centered += sums.ld((part * kUnitSums + kSumCentered) * p.s.columns + column);
+    }
+    logit = sum_over_threads(of_warps, logit);
+    centered = sum_over_threads(of_warps, centered);
+    if (thread_index() > 0) return;
+    const double count = double(p.total_steps() * p.s.targets);
+    const double var = statistics.ld(p.s.statistics + l.statistic + block_index()), root = eps.root(var);
+    const double scale = columns.ld(int64_t(kScale) * p.s.columns + column);
+    using T = Compute<S>;
+    columns.st(int64_t(kMeanLogitGradient) * p.s.columns + column, count > 0 ? T(logit / count) : T(0));
+    // A column without deviation has no derivative there, as in reference.py.
+    const bool has_pull = count > 0 && root > 0;
+    columns.st(int64_t(kPull) * p.s.columns + column,
+               has_pull ? T(scale / eps.divisor(var) / root * (centered / count)) : T(0));
+}
+
+// A layer's gradients in torch's layout, from the blocks' parts: a lane for each number, weight, bias, alpha and output weight
+// after each other, and for it 8 warps, which share the parts.
+template <typename T>
+DIEN_OPS_KERNEL(kElementThreads)
+void finish_layer(UnitShape s, int layer, int64_t blocks, gmem<const T> gradients, gmem<const T> sums, gmem<T> weight,
+                  gmem<T> bias, gmem<T> alpha, gmem<T> output_weight) {
+    constexpr int kWarps = kElementThreads / kWarp;
+    const UnitLayer& l = s.layer[layer];
+    const int64_t H = l.outputs, inputs = layer == 0 ? 4 * s.dim : l.inputs, numbers = H * inputs;
+    int64_t i = block_index() * kWarp + lane_index();
+    Arena arena;
+    const auto of_warps = arena.take<T>(kElementThreads, "of warps");
+    T sum = 0;
+    const bool of_weight = i < numbers;
+    if (of_weight) {
+        const int64_t o = i / inputs, input = i % inputs;
+        int64_t part = layer == 0 ? input / s.dim : 0, at = input;
+        // x has q, k, q * k; q - k is in W_q + W_d and in W_k - W_d.
+        const bool difference = layer == 0 && part == 2;
+        if (difference) at = input - 2 * s.dim;
+        if (layer == 0 && part == 3) at = input - s.dim;
+        at += l.gradient + o * unit_width(l.inputs);
+#pragma unroll 8
+        for (int64_t block = warp_index(); block < blocks; block += kWarps) {
+            T value = gradients.ld(block * s.gradient + at);
+            if (difference) value -= gradients.ld(block * s.gradient + at + s.dim);
+            sum += value;
+        }
+    } else if (i < numbers + 3 * H) {
+        const int64_t kind = (i - numbers) / H, column = l.columns + (i - numbers) % H;
+        const UnitSum of = kind == 0 ? kSumBias : kind == 1 ? kSumAlpha : kSumOutput;
+        const int64_t parts = blocks * (s.rows / kTileRows);
+#pragma unroll 8
+        for (int64_t part = warp_index(); part < parts; part += kWarps) {
+            sum += sums.ld((part * kUnitSums + of) * s.columns + column);
+        }
+    }
+    of_warps.st(thread_index(), sum);
+    sync_block();
+    if (warp_index() > 0) return;
+    for (int w = 1; w < kWarps; ++w) sum += of_warps.ld(w * kWarp + lane_index());
+    if (of_weight) return weight.st(i, sum);
+    i -= numbers;
+    if (bias && i < H) bias.st(i, sum);
+    if (alpha && i >= H && i < 2 * H) alpha.st(i - H, sum);
+    if (output_weight && i >= 2 * H && i < 3 * H) output_weight.st(i - 2 * H, sum);
+}
+
+// One block: to [1] = the sum of n numbers.
+template <typename T>
+DIEN_OPS_KERNEL(kElementThreads)
+void sum_pairs(gmem<const T> from, int64_t n, gmem<T> to) {
+    Arena arena;
+    const auto of_warps = arena.take<T>(kElementThreads / kWarp, "of warps");
+    T sum = 0;
+#pragma unroll 4
+    for (int64_t i = thread_index(); i < n; i += kElementThreads) sum += from.ld(i);
+    sum = sum_over_threads(of_warps, sum);
+    if (thread_index() == 0) to.st(0, sum);
+}
+
+template <typename S>
+DIEN_OPS_KERNEL(kElementThreads)
+void finish_query(UnitParams<S> p, gmem<const Compute<S>> query_sums, gmem<S> grad_query) {
+    const int64_t i = element_index(), pair = i / p.s.dim, e = i % p.s.dim;
+    if (pair >= p.s.batch * p.s.targets) return;
+    const int64_t b = pair / p.s.targets, c = pair % p.s.targets, length = p.length(b), first = p.first_step(b);
+    Compute<S> sum = 0;
+    if (length > 0) {
+        for (int64_t tile = first / p.s.rows; tile <= (first + length - 1) / p.s.rows; ++tile) {
+            sum += query_sums.ld(((tile + b) * p.s.targets + c) * p.s.dim + e);
+        }
+    }
+    grad_query.st(i, to_storage<S>(sum));
+}
+
+// grad_keys: the sum of the parts, where there are several, and zeros behind the lengths.
+template <typename S>
+DIEN_OPS_KERNEL(kElementThreads)
+void finish_keys(UnitParams<S> p, gmem<const Compute<S>> keys_sums, int64_t parts, gmem<S> grad_keys) {
+    const int64_t i = element_index(), numbers = p.s.batch * p.s.steps * p.s.dim;
+    if (i >= numbers) return;
+    const int64_t place = i / p.s.dim, b = place / p.s.steps;
+    const bool present = place % p.s.steps < p.length(b);
+    if (present && parts == 1) return;
+    Compute<S> sum = 0;
+    if (present) {
+#pragma unroll 4
+        for (int64_t part = 0; part < parts; ++part) sum += keys_sums.ld(part * numbers + i);
+    }
+    grad_keys.st(i, to_storage<S>(sum));
+}
+
+template <typename Math, typename S>
+UnitShape gradients_shape(const UnitProblem<S>& p) {
+    using T = Compute<S>;
+    UnitShape s = unit_shape<Math>(p);
+    const auto memory = [&](int64_t rows) {
+        return arena_bytes<S>(rows * s.first_stride) + arena_bytes<S>(rows * s.layer[s.layers - 1].row) +
+               arena_bytes<S>(rows * s.row) + arena_bytes<T>(std::is_same_v<S, T> ? 0 : rows * s.row) +
+               2 * arena_bytes<T>(rows * unit_width(s.dim));
+    };
+    choose_rows(s, memory, gradients_fixed<T>);
+    return s;
+}
+
+}  // namespace
+
+template <typename S>
+int64_t unit_backward_workspace(const UnitProblem<S>& p) {
+    int64_t bytes = 0;
+    with_math<S>(p.tf32, [&](auto math) {
+        const UnitShape s = gradients_shape<decltype(math)>(p);
+        bytes = s.shared ? 0 : Parts(s, sizeof(Compute<S>)).blocks() * s.memory_bytes;
+    });
+    return bytes;
+}
+
+template <typename S>
+int64_t unit_backward_partial(const UnitProblem<S>& p) {
+    int64_t numbers = 0;
+    with_math<S>(p.tf32, [&](auto math) { numbers = Parts(gradients_shape<decltype(math)>(p), sizeof(Compute<S>)).numbers; });
+    return numbers;
+}
+
+template <typename S>
+void unit_backward(Stream stream, const UnitBackward<S>& p) {
+    using T = Compute<S>;
+    with_math<S>(p.tf32, [&](auto math) {
+        using Math = decltype(math);
+        const UnitShape s = gradients_shape<Math>(p);
+        const Parts parts(s, sizeof(T));
+        // The given statistics, layer by layer, for Dice's columns: the batch's are as good as given here.
+        std::vector<const T*> means, vars;
+        if (s.activation == Activation::dice) {
+            for (int i = 0; i < s.hidden_layers; ++i) {
+                means.push_back(p.statistics + s.layer[i].statistic);
+                vars.push_back(p.statistics + s.statistics + s.layer[i].statistic);
+            }
+        }
+        unit_prepare<Math>(stream, p, s, true, means, vars, nullptr);
+        const GradientParams<S> params(p, s, parts);
+        const gmem<T> pair_sums = {p.partial + parts.pair_sums, p.pairs(), "sums of pairs"};
+        launch("unit_grad_logits", unit_grad_logits<S>, Grid{p.pairs(), 1, 1, kPairThreads, arena_bytes<T>(kPairWarps)}, stream,
+               params, params.scores, params.grad_pooled, gmem<const S>{p.grad_scores, p.rows(), "grad_scores"},
+               gmem<T>{p.grad_logits, p.rows(), "grad_logits"}, pair_sums);
+
+        const Grid grid = {parts.blocks(), 1, 1, kUnitThreads, unit_shared_bytes(s, gradients_fixed<T>)};
+        const auto stages = [&](int first, int last) {
+            launch("unit_gradients", s.shared ? unit_gradients<Math, true> : unit_gradients<Math, false>, grid, stream, params,
+                   first, last);
+        };
+        if (p.batch_statistics) {
+            for (int stage = s.hidden_layers; stage > 0; --stage) {
+                stages(stage, stage);
+                launch("unit_feed_back", feed_back<S>,
+                       Grid{s.layer[stage - 1].outputs, 1, 1, kElementThreads, arena_bytes<double>(kElementThreads / kWarp)},
+                       stream, params, stage - 1, p.eps, gmem<const T>(params.sums), parts.blocks(),
+                       gmem<const T>{p.statistics, 2 * s.statistics, "statistics"},
+                       gmem<T>{p.columns, int64_t(kUnitColumns) * s.columns, "columns"});
+            }
+        }
+        stages(p.batch_statistics ? 0 : s.hidden_layers, 0);
+
+        for (int i = 0; i < s.layers; ++i) {
+            const UnitLayer& l = s.layer[i];
+            const int64_t H = l.outputs, numbers = H * (i == 0 ? 4 * s.dim : l.inputs);
+            gmem<T> bias = {p.grad_biases[i], H, "grad_biases"}, alpha = {}, output = {};
+            if (s.hidden_layers == 0) bias = {};
+            if (!p.grad_alphas.empty()) alpha = {p.grad_alphas[i], H, "grad_alphas"};
+            if (i + 1 == s.hidden_layers) output = {p.grad_weights.back(), H, "grad_weights of the output"};
+            launch("unit_finish_layer", finish_layer<T>,
+                   Grid{divide_up<int64_t>(numbers + 3 * H, kWarp), 1, 1, kElementThreads, arena_bytes<T>(kElementThreads)},
+                   stream, s, i, parts.blocks(), gmem<const T>(params.gradients), gmem<const T>(params.sums),
+                   gmem<T>{p.grad_weights[i], numbers, "grad_weights"}, bias, alpha, output);
+        }
+        launch("unit_sum_pairs", sum_pairs<T>, Grid{1, 1, 1, kElementThreads, arena_bytes<T>(kElementThreads / kWarp)}, stream,
+               gmem<const T>(pair_sums), p.pairs(), gmem<T>{p.grad_biases.back(), 1, "grad_biases of the output"});
+        launch("unit_finish_query", finish_query<S>, element_grid(p.pairs() * p.embedding_dim), stream, params,
+               gmem<const T>(params.query_sums), gmem<S>{p.grad_query, p.pairs() * p.embedding_dim, "grad_query"});
+        if (p.plan.lengths != nullptr || parts.targets != 1) {
+            launch("unit_finish_keys", finish_keys<S>, element_grid(p.batch * p.steps * p.embedding_dim), stream, params,
+                   gmem<const T>(params.keys_sums), parts.targets, params.grad_keys);
+        }
+    });
+}
+
+#define DIEN_OPS_INSTANTIATE(S)                                         \
+    template int64_t unit_backward_workspace<S>(const UnitProblem<S>&); \
+    template int64_t unit_backward_partial<S>(const UnitProblem<S>&);   \
+    template void unit_backward<S>(Stream, const UnitBackward<S>&);
+DIEN_OPS_INSTANTIATE(float)
+DIEN_OPS_INSTANTIATE(double)
+DIEN_OPS_INSTANTIATE(BFloat16)
+DIEN_OPS_INSTANTIATE(Half)
+
+}  // namespace dien_ops::cuda
