@@ -23,6 +23,10 @@
 namespace dien_ops::cuda {
 
 constexpr int kUnitWarps = 8, kUnitThreads = kUnitWarps * kWarp;
+// What a kernel over tiles is compiled for, so that registers are left for two blocks on a multiprocessor; double needs them
+// all.
+template <typename Math>
+constexpr int kUnitResidentThreads = (sizeof(Accumulator<Math>) == 8 ? 1 : 2) * kUnitThreads;
 constexpr int kItemTiles = 5;    // column tiles of an item: 80 and 40 columns are whole items
 constexpr int kItemTriples = 2;  // the same of the first layer's inputs: of q, k and q * k each
 
@@ -122,10 +126,11 @@ struct UnitRows {
 // the bytes of what may lie in global memory, `fixed(rows)` of what may not.
 template <typename Memory, typename Fixed>
 void choose_rows(UnitShape& s, const Memory& memory, const Fixed& fixed) {
-    const int64_t budget = device_limits().shared_bytes_per_block;
+    constexpr int64_t kOfSystem = 1 << 10;  // taken of every block, and not of the most that one can have
+    const int64_t budget = device_limits().shared_bytes_per_block + kOfSystem;
     const auto fits = [&](int rows, int blocks) {
         s.rows = rows, s.memory_bytes = memory(rows);
-        return blocks * (s.memory_bytes + fixed(rows)) <= budget;
+        return blocks * (s.memory_bytes + fixed(rows) + kOfSystem) <= budget;
     };
     s.shared = fits(64, 2) || fits(32, 2) || fits(32, 1) || fits(16, 1);
 }

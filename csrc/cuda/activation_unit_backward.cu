@@ -8,9 +8,10 @@
 // inputs to the weight's gradient, and g W is what the layer below gets. A lane that has two numbers of g W has the values
 // before the activation at the same places, and leaves the next g there.
 //
-// Sums have one order, which sizes and lengths fix. A block has its own part of the weights' gradients, and of the columns'
-// sums (biases, alphas) one for every 16 rows of a tile; each number is one lane's alone, in all its tiles, so that it is added
-// to in global memory (that is, in the L2 cache) without a barrier. finish_layer adds the parts up. The keys' gradient sums
+// Sums have one order, which sizes and lengths fix. A block has its own part of the weights' gradients in global memory (that
+// is, in the L2 cache); each number is one lane's alone, in all its tiles, which starts its product from it and needs no
+// barrier. The columns' sums (biases, alphas) lie in shared memory, one for every 16 rows of a tile, each a lane's alone too.
+// finish_layer adds the blocks' parts up. The keys' gradient sums
 // over targets in shared memory, the steps of a tile being the same for all of them; where there are few steps, blocks share
 // their targets and finish_keys adds up. The query's gradient sums over steps: a tile leaves a sum for every sequence that it
 // has steps of, and finish_query adds a sequence's tiles.
@@ -31,8 +32,14 @@ namespace {
 constexpr int64_t kMostParts = 264;  // two blocks for each multiprocessor of an H100
 constexpr int64_t kMostBytes = 64 << 20;
 
-// Sums over rows: alpha's gradient, or the first of Dice's three; the other two; the bias's; the output weight's.
-enum UnitSum { kSumAlpha, kSumLogit, kSumCentered, kSumBias, kSumOutput, kUnitSums };
+// Sums over rows: the bias's gradient, the output weight's, alpha's, or the first of Dice's three, and the other two.
+enum UnitSum { kSumBias, kSumOutput, kSumAlpha, kSumLogit, kSumCentered, kUnitSums };
+
+// Those that there are.
+DIEN_OPS_HOST_DEVICE int unit_sums(const UnitShape& s) {
+    if (s.batch_statistics) return kUnitSums;
+    return s.activation == Activation::sigmoid ? kSumAlpha : kSumLogit;
+}
 
 // ---------------------------------------------------------------------------------------------- products over a tile's rows
 
@@ -108,6 +115,12 @@ DIEN_OPS_DEVICE void add_weight_gradient(const MemoryG& g, int g_first, const Me
     const int g_stride = unit_stride<Math>(l.outputs), y_stride = unit_stride<Math>(l.inputs);
     const int tiles = column_tiles(l.inputs), width = unit_width(l.inputs);
     for_items<Math, kItemTiles>(divide_up(l.outputs, kTileRows), tiles, [&](int m, int first_tile, T(&d)[1][kItemTiles][4]) {
+        const auto at_pair = [&](int row, int column) { return at + int64_t(row) * width + column; };
+        for_lane_pairs<kItemTiles>(m, first_tile, l.inputs, [&](int half, int n, int row, int column) {
+            if (row >= l.outputs) return;
+            const auto pair = gradient.template ld_as<Pack<T, 2>>(at_pair(row, column));
+            d[0][n][half * 2] = pair.v[0], d[0][n][half * 2 + 1] = pair.v[1];
+        });
 #pragma unroll 2
         for (int k = 0; k < rows; k += Math::kDepth) {
             const auto a = OverRows<Math>::load_a(g, g_first + k * g_stride + m * kTileRows, g_stride);
@@ -119,10 +132,7 @@ DIEN_OPS_DEVICE void add_weight_gradient(const MemoryG& g, int g_first, const Me
         }
         for_lane_pairs<kItemTiles>(m, first_tile, l.inputs, [&](int half, int n, int row, int column) {
             if (row >= l.outputs) return;
-            const int64_t i = at + int64_t(row) * width + column;
-            auto sum = gradient.template ld_as<Pack<T, 2>>(i);
-            sum.v[0] += d[0][n][half * 2], sum.v[1] += d[0][n][half * 2 + 1];
-            gradient.st_as(i, sum);
+            gradient.st_as(at_pair(row, column), Pack<T, 2>{d[0][n][half * 2], d[0][n][half * 2 + 1]});
         });
     });
 }
@@ -169,7 +179,7 @@ void unit_grad_logits(UnitParams<S> p, gmem<const S> scores, gmem<const S> grad_
 // How the work is cut up, and where what the blocks leave behind lies in `partial`; from sizes alone.
 struct Parts {
     int64_t tiles, targets;      // parts of the tiles, and of the targets
-    int64_t gradients, sums;     // [blocks, s.gradient], [blocks, row tiles, kUnitSums, columns]
+    int64_t gradients, sums;     // [blocks, s.gradient], [blocks, unit_sums, columns]
     int64_t query, keys;         // [tiles + B, C, D], [targets, B * T, D] where they are more than 1
     int64_t pair_sums, numbers;  // [B * C], all of it
 
@@ -182,7 +192,7 @@ struct Parts {
         int64_t at = 0;
         const auto take = [&](int64_t n) { return (at += round_up<int64_t>(n, 16)) - round_up<int64_t>(n, 16); };
         gradients = take(blocks() * s.gradient);
-        sums = take(blocks() * (s.rows / kTileRows) * kUnitSums * s.columns);
+        sums = take(blocks() * unit_sums(s) * s.columns);
         query = take((most_tiles + s.batch) * s.targets * s.dim);
         keys = take(targets > 1 ? targets * s.batch * s.steps * s.dim : 0);
         pair_sums = take(s.batch * s.targets);
@@ -213,10 +223,6 @@ struct GradientParams : UnitParams<S> {
           query_sums(p.partial + parts.query, parts.keys - parts.query, "parts of grad_query"),
           keys_sums(p.partial + parts.keys, parts.pair_sums - parts.keys, "parts of grad_keys"),
           grad_keys(p.grad_keys, p.batch * p.steps * p.embedding_dim, "grad_keys") {}
-
-    DIEN_OPS_DEVICE int64_t sums_of(int64_t block, int m, UnitSum kind) const {
-        return ((block * (this->s.rows / kTileRows) + m) * kUnitSums + kind) * this->s.columns;
-    }
 };
 
 template <typename T>
@@ -228,7 +234,7 @@ int64_t gradients_fixed(int rows) {
 template <typename T>
 struct Descent {
     T activation, gradient;  // behind, and before the activation
-    T sums[3];               // terms of kSumAlpha, kSumLogit, kSumCentered
+    T sums[3];               // terms of kSumAlpha, kSumLogit and kSumCentered
 };
 
 // value: before the activation; for the sigmoid, behind it. g: the gradient behind it.
@@ -248,8 +254,9 @@ DIEN_OPS_DEVICE Descent<T> descend(Activation activation, bool linear, T value, 
             {g * dice_slope_of_alpha(value, p), g_logit, g_logit * centered}};
 }
 
-template <typename Math, bool kShared>
-DIEN_OPS_KERNEL(kUnitThreads)
+// kKept: Dice with batch statistics, whose values before the activations are kept.
+template <typename Math, bool kShared, bool kKept>
+DIEN_OPS_KERNEL(kUnitResidentThreads<Math>)
 void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, int last_stage) {
     using S = typename Math::Storage;
     using T = Accumulator<Math>;
@@ -257,7 +264,7 @@ void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, i
     constexpr bool kOneType = std::is_same_v<T, Operand>;
     const UnitShape& s = p.s;
     const int D = s.dim, width = unit_width(D), last = s.layers - 1, row_tiles = s.rows / kTileRows;
-    const bool linear = s.hidden_layers == 0, kept = s.batch_statistics;
+    const bool linear = s.hidden_layers == 0;
     Arena arena;
     GlobalArena workspace(p.workspace, s.memory_bytes);
     const UnitRows rows(arena, s.rows);
@@ -277,6 +284,8 @@ void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, i
     }();
     const auto query_terms = memory.template take<T>(s.rows * width, "terms of grad_query");
     const auto keys_sum = memory.template take<T>(s.rows * width, "sums of grad_keys");
+    const int sums_size = unit_sums(s) * s.columns;  // of 16 rows
+    const auto column_sums = memory.template take<T>(row_tiles * sums_size, "sums of columns");
     const auto at = [&](int layer) { return s.rows * s.layer[layer].row; };  // where a layer's rows begin
 
     const int64_t block = block_index(), tile_part = block % p.tile_parts, target_part = block / p.tile_parts;
@@ -285,9 +294,8 @@ void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, i
     const int64_t end_target = s.targets * (target_part + 1) / p.target_parts;
     if (first_stage == s.hidden_layers) {
         for (int64_t i = thread_index(); i < s.gradient; i += kUnitThreads) p.gradients.st(block * s.gradient + i, 0);
-        const int64_t numbers = int64_t(row_tiles) * kUnitSums * s.columns;
-        for (int64_t i = thread_index(); i < numbers; i += kUnitThreads) p.sums.st(block * numbers + i, 0);
     }
+    for (int i = thread_index(); i < row_tiles * sums_size; i += kUnitThreads) column_sums.st(i, 0);
     for (int layer = 0; layer < s.layers; ++layer) {
         const int outputs = s.layer[layer].outputs, stride = unit_stride<Math>(outputs);
         clear_tail<Math>(g, at(layer), stride, s.rows, outputs);
@@ -317,7 +325,7 @@ void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, i
                     if ((first_tile + n) * kTileColumns >= l.outputs) break;
                     const UnitGates<S> gates(p, l, column);
                     Pack<T, 2> mean_g_logit = {}, pull = {};
-                    if (kept && leaving) {
+                    if (kKept && leaving) {
                         mean_g_logit = p.column_pair(kMeanLogitGradient, l, column);
                         pull = p.column_pair(kPull, l, column);
                     }
@@ -336,7 +344,7 @@ void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, i
                             to.v[j] = Math::operand(valid ? step.gradient : T(0));
                             if (!valid) continue;
 #pragma unroll
-                            for (int k = 0; k < 3; ++k) sums[k][j] += step.sums[k];
+                            for (int k = 0; k < 3; ++k) sums[kSumAlpha + k][j] += step.sums[k];
                             sums[kSumBias][j] += step.gradient;
                             if (top) sums[kSumOutput][j] += grad_logit.ld(row) * step.activation;
                         }
@@ -350,12 +358,12 @@ void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, i
                     const auto add = [&](UnitSum kind) {
                         Pack<T, 2> sum = {sum_over_rows(sums[kind][0]), sum_over_rows(sums[kind][1])};
                         if (tile_row() > 0) return;
-                        const int64_t i = p.sums_of(block, m, kind) + l.columns + column;
-                        const auto before = p.sums.template ld_as<Pack<T, 2>>(i);
-                        p.sums.st_as(i, Pack<T, 2>{before.v[0] + sum.v[0], before.v[1] + sum.v[1]});
+                        const int i = m * sums_size + kind * s.columns + l.columns + column;
+                        const auto before = column_sums.template ld_as<Pack<T, 2>>(i);
+                        column_sums.st_as(i, Pack<T, 2>{before.v[0] + sum.v[0], before.v[1] + sum.v[1]});
                     };
                     if (arriving && s.activation != Activation::sigmoid) add(kSumAlpha);
-                    if (arriving && kept) add(kSumLogit), add(kSumCentered);
+                    if (arriving && kKept) add(kSumLogit), add(kSumCentered);
                     if (arriving && top) add(kSumOutput);
                     if (leaving) add(kSumBias);
                 }
@@ -366,6 +374,13 @@ void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, i
                     const bool present = rows.place.ld(row) >= 0;
                     const int64_t i = p.kept(s.layer[layer], c, step + row) + column;
                     return present ? p.hidden.template ld_as<Pack<T, 2>>(i) : Pack<T, 2>{};
+                };
+            };
+            // The same where this tile has computed them.
+            const auto own_value = [&](int layer) {
+                const int first = at(layer), stride = unit_stride<Math>(s.layer[layer].outputs);
+                return [&, first, stride](int, int, int row, int column) {
+                    return values.template ld_as<Pack<T, 2>>(first + row * stride + column);
                 };
             };
             // The gradient of the last hidden layer behind its activation.
@@ -384,23 +399,20 @@ void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, i
             for (int i = thread_index(); i < s.rows; i += kUnitThreads) {
                 grad_logit.st(i, rows.place.ld(i) >= 0 ? p.grad_logits.ld(score_of(i)) : T(0));
             }
-            if (!kept || last_stage == 0) build_inputs<Math>(p, rows, c, x);
+            if (!kKept || last_stage == 0) build_inputs<Math>(p, rows, c, x);
             sync_block();
 
             for (int stage = first_stage; stage >= last_stage; --stage) {
-                if (stage == s.hidden_layers && (linear || kept)) {
-                    for_items<Math, kItemTiles>(row_tiles, item_tiles(s.layer[last].outputs),
-                                                [&](int m, int first_tile, T(&d)[1][kItemTiles][4]) {
-                                                    from_logits(m, first_tile, d);
-                                                    const auto none = [](int, int, int, int) { return Pack<T, 2>{}; };
-                                                    if (linear) {
-                                                        through(last, m, first_tile, d, false, false, true, none);
-                                                    } else {
-                                                        through(last, m, first_tile, d, true, true, false, kept_value(last));
-                                                    }
-                                                });
-                    sync_block();
-                } else if (stage == s.hidden_layers) {
+                if (stage == s.hidden_layers) {
+                    if constexpr (kKept) {
+                        const int tiles = item_tiles(s.layer[last].outputs);
+                        for_items<Math, kItemTiles>(row_tiles, tiles, [&](int m, int first_tile, T(&d)[1][kItemTiles][4]) {
+                            from_logits(m, first_tile, d);
+                            through(last, m, first_tile, d, true, true, false, kept_value(last));
+                        });
+                        sync_block();
+                        continue;
+                    }
                     for (int layer = 0; layer < s.layers; ++layer) {
                         const UnitLayer& l = s.layer[layer];
                         const int stride = unit_stride<Math>(l.inputs), next = unit_stride<Math>(l.outputs);
@@ -414,7 +426,6 @@ void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, i
                                 multiply_tiles<Math>(d, y, at(layer - 1) + m * kTileRows * stride, stride, p.packed, weight,
                                                      tiles, 0, depth);
                             }
-                            T values_of[kItemTiles][4];
                             for_lane_pairs<kItemTiles>(m, first_tile, l.outputs, [&](int half, int n, int row, int column) {
                                 const auto bias = p.column_pair(kBias, l, column);
                                 const UnitGates<S> gates(p, l, column);
@@ -423,29 +434,25 @@ void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, i
 #pragma unroll
                                 for (int j = 0; j < 2; ++j) {
                                     const T z = d[0][n][half * 2 + j] + bias.v[j];
-                                    const T a = activate<Math>(s.activation, false, z, gates.v[j]);
+                                    const T a = activate<Math>(s.activation, linear, z, gates.v[j]);
                                     value.v[j] = s.activation == Activation::sigmoid ? a : z;
                                     to.v[j] = Math::operand(column + j < l.outputs ? a : T(0));
-                                    values_of[n][half * 2 + j] = value.v[j];
                                 }
-                                if (layer == last) return;
                                 values.st_as(at(layer) + row * next + column, value);
-                                y.st_as(at(layer) + row * next + column, to);
+                                if (layer < last) y.st_as(at(layer) + row * next + column, to);
                             });
                             if (layer < last) return;
                             from_logits(m, first_tile, d);
-                            through(last, m, first_tile, d, true, true, true, [&](int half, int n, int, int) {
-                                return Pack<T, 2>{values_of[n][half * 2], values_of[n][half * 2 + 1]};
-                            });
+                            through(last, m, first_tile, d, !linear, true, true, own_value(last));
                         });
                         sync_block();
                     }
+                    if (!linear) continue;
                 }
-                if (stage == s.hidden_layers && !linear) continue;
 
                 const UnitLayer& l = s.layer[stage];
                 const int stride = unit_stride<Math>(l.outputs);
-                if (kept) {
+                if constexpr (kKept) {
                     if (stage > 0) load_activations<Math>(p, p.hidden, rows, tile, c, stage - 1, y, at(stage - 1));
                     for_items<Math, kItemTiles>(
                         row_tiles, item_tiles(l.outputs), [&](int m, int first_tile, T(&d)[1][kItemTiles][4]) {
@@ -467,13 +474,10 @@ void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, i
                         multiply_tiles<Math>(d, g, at(stage) + m * kTileRows * stride, stride, p.packed,
                                              l.backward / kTileNumbers<Math> + first_tile, tiles, 0,
                                              depth_tiles<Math>(l.outputs));
-                        if (kept) {
+                        if constexpr (kKept) {
                             through(below, m, first_tile, d, false, true, false, kept_value(below));
                         } else {
-                            const int next = unit_stride<Math>(s.layer[below].outputs);
-                            through(below, m, first_tile, d, false, true, true, [&](int, int, int row, int column) {
-                                return values.template ld_as<Pack<T, 2>>(at(below) + row * next + column);
-                            });
+                            through(below, m, first_tile, d, false, true, true, own_value(below));
                         }
                     });
                     sync_block();
@@ -535,6 +539,13 @@ void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, i
             sync_block();
         }
     }
+
+    for (int i = thread_index(); i < sums_size; i += kUnitThreads) {
+        const int64_t to = block * sums_size + i;
+        T sum = first_stage == s.hidden_layers ? T(0) : p.sums.ld(to);
+        for (int m = 0; m < row_tiles; ++m) sum += column_sums.ld(m * sums_size + i);
+        p.sums.st(to, sum);
+    }
 }
 
 // -------------------------------------------------------------------------------------------------------- sums over blocks
@@ -551,13 +562,13 @@ DIEN_OPS_KERNEL(kElementThreads)
 void feed_back(UnitParams<S> p, int layer, DiceEps eps, gmem<const Compute<S>> sums, int64_t blocks,
                gmem<const Compute<S>> statistics, gmem<Compute<S>> columns) {
     const UnitLayer& l = p.s.layer[layer];
-    const int64_t column = l.columns + block_index(), parts = blocks * (p.s.rows / kTileRows);
+    const int64_t column = l.columns + block_index(), sums_size = unit_sums(p.s) * p.s.columns;
     Arena arena;
     const auto of_warps = arena.take<double>(kElementThreads / kWarp, "of warps");
     double logit = 0, centered = 0;
-    for (int64_t part = thread_index(); part < parts; part += kElementThreads) {
-        logit += sums.ld((part * kUnitSums + kSumLogit) * p.s.columns + column);
-        centered += sums.ld((part * kUnitSums + kSumCentered) * p.s.columns + column);
+    for (int64_t block = thread_index(); block < blocks; block += kElementThreads) {
+        logit += sums.ld(block * sums_size + kSumLogit * p.s.columns + column);
+        centered += sums.ld(block * sums_size + kSumCentered * p.s.columns + column);
     }
     logit = sum_over_threads(of_warps, logit);
     centered = sum_over_threads(of_warps, centered);
@@ -573,12 +584,12 @@ void feed_back(UnitParams<S> p, int layer, DiceEps eps, gmem<const Compute<S>> s
                has_pull ? T(scale / eps.divisor(var) / root * (centered / count)) : T(0));
 }
 
-// A layer's gradients in torch's layout, from the blocks' parts: a lane for each number, weight, bias, alpha and output weight
+// A layer's gradients in torch's layout, from the blocks' parts: a lane for each number, weight, bias, output weight and alpha
 // after each other, and for it 8 warps, which share the parts.
 template <typename T>
 DIEN_OPS_KERNEL(kElementThreads)
 void finish_layer(UnitShape s, int layer, int64_t blocks, gmem<const T> gradients, gmem<const T> sums, gmem<T> weight,
-                  gmem<T> bias, gmem<T> alpha, gmem<T> output_weight) {
+                  gmem<T> bias, gmem<T> output_weight, gmem<T> alpha) {
     constexpr int kWarps = kElementThreads / kWarp;
     const UnitLayer& l = s.layer[layer];
     const int64_t H = l.outputs, inputs = layer == 0 ? 4 * s.dim : l.inputs, numbers = H * inputs;
@@ -601,13 +612,11 @@ void finish_layer(UnitShape s, int layer, int64_t blocks, gmem<const T> gradient
             if (difference) value -= gradients.ld(block * s.gradient + at + s.dim);
             sum += value;
         }
-    } else if (i < numbers + 3 * H) {
-        const int64_t kind = (i - numbers) / H, column = l.columns + (i - numbers) % H;
-        const UnitSum of = kind == 0 ? kSumBias : kind == 1 ? kSumAlpha : kSumOutput;
-        const int64_t parts = blocks * (s.rows / kTileRows);
+    } else if (const int64_t kind = (i - numbers) / H; kind < 3 && kind < unit_sums(s)) {
+        const int64_t at = kind * s.columns + l.columns + (i - numbers) % H;
 #pragma unroll 8
-        for (int64_t part = warp_index(); part < parts; part += kWarps) {
-            sum += sums.ld((part * kUnitSums + of) * s.columns + column);
+        for (int64_t block = warp_index(); block < blocks; block += kWarps) {
+            sum += sums.ld(block * unit_sums(s) * s.columns + at);
         }
     }
     of_warps.st(thread_index(), sum);
@@ -617,8 +626,8 @@ void finish_layer(UnitShape s, int layer, int64_t blocks, gmem<const T> gradient
     if (of_weight) return weight.st(i, sum);
     i -= numbers;
     if (bias && i < H) bias.st(i, sum);
-    if (alpha && i >= H && i < 2 * H) alpha.st(i - H, sum);
-    if (output_weight && i >= 2 * H && i < 3 * H) output_weight.st(i - 2 * H, sum);
+    if (output_weight && i >= H && i < 2 * H) output_weight.st(i - H, sum);
+    if (alpha && i >= 2 * H && i < 3 * H) alpha.st(i - 2 * H, sum);
 }
 
 // One block: to [1] = the sum of n numbers.
@@ -673,7 +682,7 @@ UnitShape gradients_shape(const UnitProblem<S>& p) {
     const auto memory = [&](int64_t rows) {
         return arena_bytes<S>(rows * s.first_stride) + arena_bytes<S>(rows * s.layer[s.layers - 1].row) +
                arena_bytes<S>(rows * s.row) + arena_bytes<T>(std::is_same_v<S, T> ? 0 : rows * s.row) +
-               2 * arena_bytes<T>(rows * unit_width(s.dim));
+               2 * arena_bytes<T>(rows * unit_width(s.dim)) + arena_bytes<T>(rows / kTileRows * unit_sums(s) * s.columns);
     };
     choose_rows(s, memory, gradients_fixed<T>);
     return s;
@@ -722,8 +731,11 @@ void unit_backward(Stream stream, const UnitBackward<S>& p) {
 
         const Grid grid = {parts.blocks(), 1, 1, kUnitThreads, unit_shared_bytes(s, gradients_fixed<T>)};
         const auto stages = [&](int first, int last) {
-            launch("unit_gradients", s.shared ? unit_gradients<Math, true> : unit_gradients<Math, false>, grid, stream, params,
-                   first, last);
+            with_constant(s.shared, [&](auto shared) {
+                with_constant(p.batch_statistics, [&](auto kept) {
+                    launch("unit_gradients", unit_gradients<Math, shared(), kept()>, grid, stream, params, first, last);
+                });
+            });
         };
         if (p.batch_statistics) {
             for (int stage = s.hidden_layers; stage > 0; --stage) {
@@ -747,7 +759,7 @@ void unit_backward(Stream stream, const UnitBackward<S>& p) {
             launch("unit_finish_layer", finish_layer<T>,
                    Grid{divide_up<int64_t>(numbers + 3 * H, kWarp), 1, 1, kElementThreads, arena_bytes<T>(kElementThreads)},
                    stream, s, i, parts.blocks(), gmem<const T>(params.gradients), gmem<const T>(params.sums),
-                   gmem<T>{p.grad_weights[i], numbers, "grad_weights"}, bias, alpha, output);
+                   gmem<T>{p.grad_weights[i], numbers, "grad_weights"}, bias, output, alpha);
         }
         launch("unit_sum_pairs", sum_pairs<T>, Grid{1, 1, 1, kElementThreads, arena_bytes<T>(kElementThreads / kWarp)}, stream,
                gmem<const T>(pair_sums), p.pairs(), gmem<T>{p.grad_biases.back(), 1, "grad_biases of the output"});

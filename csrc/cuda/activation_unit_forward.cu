@@ -165,7 +165,7 @@ DIEN_OPS_HOST_DEVICE int64_t moment_parts(const UnitShape& s) { return s.targets
 int64_t logits_fixed(int rows) { return UnitRows::bytes(rows); }
 
 template <typename Math, bool kShared>
-DIEN_OPS_KERNEL(kUnitThreads)
+DIEN_OPS_KERNEL(kUnitResidentThreads<Math>)
 void unit_logits(LogitsParams<typename Math::Storage> p, int first_stage, int last_stage) {
     using S = typename Math::Storage;
     using T = Accumulator<Math>;
@@ -191,13 +191,14 @@ void unit_logits(LogitsParams<typename Math::Storage> p, int first_stage, int la
         if (first_stage == 0) {
             build_inputs<Math>(p, rows, c, even);
         } else {
-            load_activations<Math>(p, gmem<const T>(p.hidden), rows, tile, c, first_stage - 1, first_stage % 2 ? odd : even, 0);
+            const auto to = first_stage % 2 ? odd : even;
+            load_activations<Math>(p, gmem<const T>(p.hidden), rows, tile, c, first_stage - 1, to, 0);
         }
         sync_block();
         for (int stage = first_stage; stage <= last_stage && stage < s.layers; ++stage) {
             const UnitLayer& l = s.layer[stage];
-            const auto& from = stage % 2 ? odd : even;
-            const auto& to = stage % 2 ? even : odd;
+            const auto from = stage % 2 ? odd : even;
+            const auto to = stage % 2 ? even : odd;
             const int stride = unit_stride<Math>(l.inputs), next = unit_stride<Math>(l.outputs);
             const int tiles = item_tiles(l.outputs);
             for_items<Math, kItemTiles>(row_tiles, tiles, [&](int m, int first_tile, T(&d)[1][kItemTiles][4]) {
@@ -261,7 +262,7 @@ void unit_logits(LogitsParams<typename Math::Storage> p, int first_stage, int la
         }
         if (last_stage == s.hidden_layers && s.hidden_layers > 0) {
             const UnitLayer& l = s.layer[s.layers - 1];
-            const auto& from = s.layers % 2 ? odd : even;
+            const auto from = s.layers % 2 ? odd : even;
             const int stride = unit_stride<Math>(l.outputs), quarter = thread_index() % 4;
             for (int first = 0; first < s.rows; first += kUnitThreads / 4) {
                 const int row = first + thread_index() / 4;

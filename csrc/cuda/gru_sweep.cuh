@@ -255,12 +255,6 @@ void with_layout(const SweepLayout& l, F&& f) {
     f(std::integral_constant<int, 1>{}, std::false_type{});
 }
 
-// Calls f with the condition as a constant.
-template <typename F>
-void with_constant(bool condition, F&& f) {
-    condition ? f(std::true_type{}) : f(std::false_type{});
-}
-
 inline GruResidence residence_of(const SweepLayout& l) {
     return {l.tiles == 0 ? 1.0 : double(l.resident) / l.tiles, l.state_shared};
 }

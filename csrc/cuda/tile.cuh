@@ -231,4 +231,10 @@ void with_math([[maybe_unused]] bool tf32, F&& f) {
     }
 }
 
+// Calls f with the condition as a constant.
+template <typename F>
+void with_constant(bool condition, F&& f) {
+    condition ? f(std::true_type{}) : f(std::false_type{});
+}
+
 }  // namespace dien_ops::cuda
