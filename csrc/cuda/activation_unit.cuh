@@ -23,10 +23,10 @@
 namespace dien_ops::cuda {
 
 constexpr int kUnitWarps = 8, kUnitThreads = kUnitWarps * kWarp;
-// What a kernel over tiles is compiled for, so that registers are left for two blocks on a multiprocessor; double needs them
-// all.
-template <typename Math>
-constexpr int kUnitResidentThreads = (sizeof(Accumulator<Math>) == 8 ? 1 : 2) * kUnitThreads;
+// What a kernel over tiles is compiled for. With matrix units, registers are left for a second block on a multiprocessor;
+// without them, a thread needs more.
+template <typename Math, bool kShared>
+constexpr int kUnitResidentThreads = (Math::kMatrixUnit && kShared ? 2 : 1) * kUnitThreads;
 constexpr int kItemTiles = 5;    // column tiles of an item: 80 and 40 columns are whole items
 constexpr int kItemTriples = 2;  // the same of the first layer's inputs: of q, k and q * k each
 

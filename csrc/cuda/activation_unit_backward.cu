@@ -254,298 +254,340 @@ DIEN_OPS_DEVICE Descent<T> descend(Activation activation, bool linear, T value, 
             {g * dice_slope_of_alpha(value, p), g_logit, g_logit * centered}};
 }
 
-// kKept: Dice with batch statistics, whose values before the activations are kept.
+// A block's memory, and what it does with a tile and a target. kKept: Dice with batch statistics, whose values before the
+// activations are kept.
 template <typename Math, bool kShared, bool kKept>
-DIEN_OPS_KERNEL(kUnitResidentThreads<Math>)
-void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, int last_stage) {
+struct TileGradients {
     using S = typename Math::Storage;
     using T = Accumulator<Math>;
     using Operand = typename Math::Operand;
-    constexpr bool kOneType = std::is_same_v<T, Operand>;
-    const UnitShape& s = p.s;
-    const int D = s.dim, width = unit_width(D), last = s.layers - 1, row_tiles = s.rows / kTileRows;
-    const bool linear = s.hidden_layers == 0;
-    Arena arena;
-    GlobalArena workspace(p.workspace, s.memory_bytes);
-    const UnitRows rows(arena, s.rows);
-    const auto grad_logit = arena.take<T>(s.rows, "gradients of logits");
-    auto& memory = state_arena<kShared>(arena, workspace);
-    const auto x = memory.template take<Operand>(s.rows * s.first_stride, "inputs");
-    const auto y = memory.template take<Operand>(s.rows * s.layer[last].row, "activations");  // but the last layer's
-    const auto g = memory.template take<Operand>(s.rows * s.row, "gradients");
-    // Before the activation; for the sigmoid, behind it. g takes their places, where it has the same type.
-    const auto own_values = memory.template take<T>(kOneType ? 0 : s.rows * s.row, "values");
-    const auto values = [&] {
+    template <typename V>
+    using Piece = std::conditional_t<kShared, view<V>, gmem<V>>;
+    using Item = T (&)[1][kItemTiles][4];
+    static constexpr bool kOneType = std::is_same_v<T, Operand>;
+
+    const GradientParams<S>& p;
+    const UnitShape& s;
+    UnitRows rows;
+    view<T> grad_logit;
+    Piece<Operand> x, y, g;  // inputs; activations, but of the last layer; gradients before the activations
+    Piece<T> own_values;     // before the activation; for the sigmoid, behind it
+    Piece<T> query_terms, keys_sum;
+    Piece<T> column_sums;  // [row tiles, unit_sums, columns]
+    int64_t tile, c;
+
+    template <typename Memory>
+    DIEN_OPS_DEVICE TileGradients(const GradientParams<S>& p, Arena& arena, Memory& memory)
+        : p(p),
+          s(p.s),
+          rows(arena, s.rows),
+          grad_logit(arena.take<T>(s.rows, "gradients of logits")),
+          x(memory.template take<Operand>(s.rows * s.first_stride, "inputs")),
+          y(memory.template take<Operand>(s.rows * s.layer[s.layers - 1].row, "activations")),
+          g(memory.template take<Operand>(s.rows * s.row, "gradients")),
+          own_values(memory.template take<T>(kOneType ? 0 : s.rows * s.row, "values")),
+          query_terms(memory.template take<T>(s.rows * unit_width(s.dim), "terms of grad_query")),
+          keys_sum(memory.template take<T>(s.rows * unit_width(s.dim), "sums of grad_keys")),
+          column_sums(memory.template take<T>(row_tiles() * sums_size(), "sums of columns")) {}
+
+    DIEN_OPS_DEVICE int row_tiles() const { return s.rows / kTileRows; }
+    DIEN_OPS_DEVICE int sums_size() const { return unit_sums(s) * s.columns; }
+    DIEN_OPS_DEVICE bool linear() const { return s.hidden_layers == 0; }
+    DIEN_OPS_DEVICE int last() const { return s.layers - 1; }
+    // Where a layer's rows begin.
+    DIEN_OPS_DEVICE int at(int layer) const { return s.rows * s.layer[layer].row; }
+    DIEN_OPS_DEVICE int64_t step() const { return tile * s.rows; }
+    DIEN_OPS_DEVICE bool present(int row) const { return rows.place.ld(row) >= 0; }
+    DIEN_OPS_DEVICE int64_t pair_of(int row) const { return rows.sequence.ld(row) * s.targets + c; }
+    DIEN_OPS_DEVICE int64_t score_of(int row) const {
+        return pair_of(row) * s.steps + rows.place.ld(row) - rows.sequence.ld(row) * s.steps;
+    }
+    // Gradients take the places of values, where they have the same type.
+    DIEN_OPS_DEVICE const Piece<T>& values() const {
         if constexpr (kOneType) {
             return g;
         } else {
             return own_values;
         }
-    }();
-    const auto query_terms = memory.template take<T>(s.rows * width, "terms of grad_query");
-    const auto keys_sum = memory.template take<T>(s.rows * width, "sums of grad_keys");
-    const int sums_size = unit_sums(s) * s.columns;  // of 16 rows
-    const auto column_sums = memory.template take<T>(row_tiles * sums_size, "sums of columns");
-    const auto at = [&](int layer) { return s.rows * s.layer[layer].row; };  // where a layer's rows begin
-
-    const int64_t block = block_index(), tile_part = block % p.tile_parts, target_part = block / p.tile_parts;
-    const int64_t tiles = p.tiles(), last_tile = tiles * (tile_part + 1) / p.tile_parts;
-    const int64_t first_target = s.targets * target_part / p.target_parts;
-    const int64_t end_target = s.targets * (target_part + 1) / p.target_parts;
-    if (first_stage == s.hidden_layers) {
-        for (int64_t i = thread_index(); i < s.gradient; i += kUnitThreads) p.gradients.st(block * s.gradient + i, 0);
     }
-    for (int i = thread_index(); i < row_tiles * sums_size; i += kUnitThreads) column_sums.st(i, 0);
-    for (int layer = 0; layer < s.layers; ++layer) {
-        const int outputs = s.layer[layer].outputs, stride = unit_stride<Math>(outputs);
-        clear_tail<Math>(g, at(layer), stride, s.rows, outputs);
-        if (layer < last) clear_tail<Math>(y, at(layer), stride, s.rows, outputs);
-    }
-    sync_block();
 
-    for (int64_t tile = tiles * tile_part / p.tile_parts; tile < last_tile; ++tile) {
-        p.read_rows(rows, tile);
-        sync_block();
-        for (int64_t c = first_target; c < end_target; ++c) {
-            const int64_t step = tile * s.rows;
-            const auto pair_of = [&](int row) { return rows.sequence.ld(row) * s.targets + c; };
-            const auto score_of = [&](int row) {
-                const int64_t b = rows.sequence.ld(row);
-                return (b * s.targets + c) * s.steps + rows.place.ld(row) - b * s.steps;
-            };
-            // A layer's item on its way through the activation: d is the gradient behind it, value(half, n, row, column) gives
-            // the values. arriving: it is the first to be there, and adds what sums need. leaving: it goes on, to g.
-            const auto through = [&](int layer, int m, int first_tile, T(&d)[1][kItemTiles][4], bool top, bool arriving,
-                                     bool leaving, const auto& value) {
-                const UnitLayer& l = s.layer[layer];
-                const int stride = unit_stride<Math>(l.outputs);
+    // Before the first tile.
+    DIEN_OPS_DEVICE void clear() const {
+        for (int i = thread_index(); i < row_tiles() * sums_size(); i += kUnitThreads) column_sums.st(i, 0);
+        for (int layer = 0; layer < s.layers; ++layer) {
+            const int outputs = s.layer[layer].outputs, stride = unit_stride<Math>(outputs);
+            clear_tail<Math>(g, at(layer), stride, s.rows, outputs);
+            if (layer < last()) clear_tail<Math>(y, at(layer), stride, s.rows, outputs);
+        }
+    }
+
+    DIEN_OPS_DEVICE void read_logits() const {
+        for (int i = thread_index(); i < s.rows; i += kUnitThreads) {
+            grad_logit.st(i, present(i) ? p.grad_logits.ld(score_of(i)) : T(0));
+        }
+    }
+
+    // A pair of values that the forward has kept, or this tile has computed.
+    DIEN_OPS_DEVICE Pack<T, 2> value_pair(int layer, int row, int column) const {
+        const UnitLayer& l = s.layer[layer];
+        if constexpr (kKept) {
+            return p.hidden.template ld_if<Pack<T, 2>>(present(row), p.kept(l, c, step() + row) + column);
+        } else {
+            return values().template ld_as<Pack<T, 2>>(at(layer) + row * unit_stride<Math>(l.outputs) + column);
+        }
+    }
+
+    // The gradient of the last hidden layer behind its activation; without one, of the logits themselves.
+    DIEN_OPS_DEVICE void from_logits(int m, int first_tile, Item d) const {
+        const UnitLayer& l = s.layer[last()];
+        for_lane_pairs<kItemTiles>(m, first_tile, l.outputs, [&](int half, int n, int row, int column) {
+            const auto weight = p.column_pair(kOutputWeight, l, column);
 #pragma unroll
-                for (int n = 0; n < kItemTiles; ++n) {
-                    const int column = (first_tile + n) * kTileColumns + tile_column();
-                    if ((first_tile + n) * kTileColumns >= l.outputs) break;
-                    const UnitGates<S> gates(p, l, column);
-                    Pack<T, 2> mean_g_logit = {}, pull = {};
-                    if (kKept && leaving) {
-                        mean_g_logit = p.column_pair(kMeanLogitGradient, l, column);
-                        pull = p.column_pair(kPull, l, column);
-                    }
-                    T sums[kUnitSums][2] = {};
+            for (int j = 0; j < 2; ++j) {
+                d[0][n][half * 2 + j] = grad_logit.ld(row) * (linear() ? T(column + j == 0) : weight.v[j]);
+            }
+        });
+    }
+
+    // A layer's item on its way through the activation: d is the gradient behind it. kArriving: it has just come there, and
+    // adds what sums need. kLeaving: it goes on, to g; else it waits in global memory for these sums.
+    template <bool kArriving, bool kLeaving>
+    DIEN_OPS_DEVICE void through_activation(int layer, int m, int first_tile, Item d) const {
+        const UnitLayer& l = s.layer[layer];
+        const int stride = unit_stride<Math>(l.outputs);
+        const bool top = kArriving && layer == last() && !linear();
 #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const int row = m * kTileRows + half * 8 + tile_row();
-                        const Pack<T, 2> v = value(half, n, row, column);
-                        const bool present = rows.place.ld(row) >= 0;
-                        Pack<Operand, 2> to;
+        for (int n = 0; n < kItemTiles; ++n) {
+            const int column = (first_tile + n) * kTileColumns + tile_column();
+            if ((first_tile + n) * kTileColumns >= l.outputs) break;
+            const UnitGates<S> gates(p, l, column);
+            Pack<T, 2> mean_g_logit = {}, pull = {};
+            if constexpr (kKept && kLeaving) {
+                mean_g_logit = p.column_pair(kMeanLogitGradient, l, column);
+                pull = p.column_pair(kPull, l, column);
+            }
+            T sums[kUnitSums][2] = {};
 #pragma unroll
-                        for (int j = 0; j < 2; ++j) {
-                            const bool valid = present && column + j < l.outputs;
-                            const Descent<T> step = descend<Math>(s.activation, linear, v.v[j], d[0][n][half * 2 + j],
-                                                                  gates.v[j], mean_g_logit.v[j], pull.v[j]);
-                            to.v[j] = Math::operand(valid ? step.gradient : T(0));
-                            if (!valid) continue;
+            for (int half = 0; half < 2; ++half) {
+                const int row = m * kTileRows + half * 8 + tile_row();
+                const Pack<T, 2> value = value_pair(layer, row, column);
+                Pack<Operand, 2> to;
 #pragma unroll
-                            for (int k = 0; k < 3; ++k) sums[kSumAlpha + k][j] += step.sums[k];
-                            sums[kSumBias][j] += step.gradient;
-                            if (top) sums[kSumOutput][j] += grad_logit.ld(row) * step.activation;
-                        }
-                        if (leaving) {
-                            g.st_as(at(layer) + row * stride + column, to);
-                        } else if (present) {
-                            p.hidden_gradient.st_as(p.kept(l, c, step + row) + column,
-                                                    Pack<T, 2>{d[0][n][half * 2], d[0][n][half * 2 + 1]});
-                        }
-                    }
-                    const auto add = [&](UnitSum kind) {
-                        Pack<T, 2> sum = {sum_over_rows(sums[kind][0]), sum_over_rows(sums[kind][1])};
-                        if (tile_row() > 0) return;
-                        const int i = m * sums_size + kind * s.columns + l.columns + column;
-                        const auto before = column_sums.template ld_as<Pack<T, 2>>(i);
-                        column_sums.st_as(i, Pack<T, 2>{before.v[0] + sum.v[0], before.v[1] + sum.v[1]});
-                    };
-                    if (arriving && s.activation != Activation::sigmoid) add(kSumAlpha);
-                    if (arriving && kKept) add(kSumLogit), add(kSumCentered);
-                    if (arriving && top) add(kSumOutput);
-                    if (leaving) add(kSumBias);
+                for (int j = 0; j < 2; ++j) {
+                    const bool valid = present(row) && column + j < l.outputs;
+                    const Descent<T> descent = descend<Math>(s.activation, linear(), value.v[j], d[0][n][half * 2 + j],
+                                                             gates.v[j], mean_g_logit.v[j], pull.v[j]);
+                    to.v[j] = Math::operand(valid ? descent.gradient : T(0));
+                    if (!valid) continue;
+                    sums[kSumBias][j] += descent.gradient;
+                    if (top) sums[kSumOutput][j] += grad_logit.ld(row) * descent.activation;
+#pragma unroll
+                    for (int k = 0; k < 3; ++k) sums[kSumAlpha + k][j] += descent.sums[k];
                 }
+                if constexpr (kLeaving) {
+                    g.st_as(at(layer) + row * stride + column, to);
+                } else if (present(row)) {
+                    const Pack<T, 2> behind = {d[0][n][half * 2], d[0][n][half * 2 + 1]};
+                    p.hidden_gradient.st_as(p.kept(l, c, step() + row) + column, behind);
+                }
+            }
+            const auto add = [&](UnitSum kind) {
+                const Pack<T, 2> sum = {sum_over_rows(sums[kind][0]), sum_over_rows(sums[kind][1])};
+                if (tile_row() > 0) return;
+                const int i = m * sums_size() + kind * s.columns + l.columns + column;
+                const auto before = column_sums.template ld_as<Pack<T, 2>>(i);
+                column_sums.st_as(i, Pack<T, 2>{before.v[0] + sum.v[0], before.v[1] + sum.v[1]});
             };
-            // What `value` is where the values are kept.
-            const auto kept_value = [&](int layer) {
-                return [&, layer](int, int, int row, int column) {
-                    const bool present = rows.place.ld(row) >= 0;
-                    const int64_t i = p.kept(s.layer[layer], c, step + row) + column;
-                    return present ? p.hidden.template ld_as<Pack<T, 2>>(i) : Pack<T, 2>{};
+            if constexpr (kLeaving) add(kSumBias);
+            if constexpr (kArriving) {
+                if (top) add(kSumOutput);
+                if (s.activation != Activation::sigmoid) add(kSumAlpha);
+                if constexpr (kKept) add(kSumLogit), add(kSumCentered);
+            }
+        }
+    }
+
+    // Stage L: to the gradient of the last layer. The values of all layers are computed on the way, or kept.
+    DIEN_OPS_DEVICE void from_scores() const {
+        if constexpr (kKept) {
+            for_items<Math, kItemTiles>(row_tiles(), item_tiles(s.layer[last()].outputs), [&](int m, int first_tile, Item d) {
+                from_logits(m, first_tile, d);
+                through_activation<true, false>(last(), m, first_tile, d);
+            });
+            sync_block();
+            return;
+        }
+        for (int layer = 0; layer < s.layers; ++layer) {
+            const UnitLayer& l = s.layer[layer];
+            const int stride = unit_stride<Math>(l.inputs), next = unit_stride<Math>(l.outputs), tiles = item_tiles(l.outputs);
+            for_items<Math, kItemTiles>(row_tiles(), tiles, [&](int m, int first_tile, Item d) {
+                const auto multiply = [&](const auto& inputs, int first) {
+                    multiply_tiles<Math>(d, inputs, first + m * kTileRows * stride, stride, p.packed,
+                                         l.forward / kTileNumbers<Math> + first_tile, tiles, 0, depth_tiles<Math>(l.inputs));
                 };
-            };
-            // The same where this tile has computed them.
-            const auto own_value = [&](int layer) {
-                const int first = at(layer), stride = unit_stride<Math>(s.layer[layer].outputs);
-                return [&, first, stride](int, int, int row, int column) {
-                    return values.template ld_as<Pack<T, 2>>(first + row * stride + column);
-                };
-            };
-            // The gradient of the last hidden layer behind its activation.
-            const auto from_logits = [&](int m, int first_tile, T(&d)[1][kItemTiles][4]) {
-                const UnitLayer& l = s.layer[last];
+                layer == 0 ? multiply(x, 0) : multiply(y, at(layer - 1));
                 for_lane_pairs<kItemTiles>(m, first_tile, l.outputs, [&](int half, int n, int row, int column) {
-                    const auto weight = p.column_pair(kOutputWeight, l, column);
+                    const auto bias = p.column_pair(kBias, l, column);
+                    const UnitGates<S> gates(p, l, column);
+                    Pack<T, 2> value;
+                    Pack<Operand, 2> to;
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
-                        const T of_logit = linear ? T(column + j == 0) : weight.v[j];
-                        d[0][n][half * 2 + j] = grad_logit.ld(row) * of_logit;
+                        const T z = d[0][n][half * 2 + j] + bias.v[j];
+                        const T a = activate<Math>(s.activation, linear(), z, gates.v[j]);
+                        value.v[j] = s.activation == Activation::sigmoid ? a : z;
+                        to.v[j] = Math::operand(column + j < l.outputs ? a : T(0));
                     }
+                    values().st_as(at(layer) + row * next + column, value);
+                    if (layer < last()) y.st_as(at(layer) + row * next + column, to);
                 });
-            };
-
-            for (int i = thread_index(); i < s.rows; i += kUnitThreads) {
-                grad_logit.st(i, rows.place.ld(i) >= 0 ? p.grad_logits.ld(score_of(i)) : T(0));
-            }
-            if (!kKept || last_stage == 0) build_inputs<Math>(p, rows, c, x);
+                if (layer < last()) return;
+                from_logits(m, first_tile, d);
+                through_activation<true, true>(last(), m, first_tile, d);
+            });
             sync_block();
+        }
+    }
 
-            for (int stage = first_stage; stage >= last_stage; --stage) {
-                if (stage == s.hidden_layers) {
-                    if constexpr (kKept) {
-                        const int tiles = item_tiles(s.layer[last].outputs);
-                        for_items<Math, kItemTiles>(row_tiles, tiles, [&](int m, int first_tile, T(&d)[1][kItemTiles][4]) {
-                            from_logits(m, first_tile, d);
-                            through(last, m, first_tile, d, true, true, false, kept_value(last));
-                        });
-                        sync_block();
-                        continue;
-                    }
-                    for (int layer = 0; layer < s.layers; ++layer) {
-                        const UnitLayer& l = s.layer[layer];
-                        const int stride = unit_stride<Math>(l.inputs), next = unit_stride<Math>(l.outputs);
-                        const int tiles = item_tiles(l.outputs);
-                        for_items<Math, kItemTiles>(row_tiles, tiles, [&](int m, int first_tile, T(&d)[1][kItemTiles][4]) {
-                            const int64_t weight = l.forward / kTileNumbers<Math> + first_tile;
-                            const int depth = depth_tiles<Math>(l.inputs);
-                            if (layer == 0) {
-                                multiply_tiles<Math>(d, x, m * kTileRows * stride, stride, p.packed, weight, tiles, 0, depth);
-                            } else {
-                                multiply_tiles<Math>(d, y, at(layer - 1) + m * kTileRows * stride, stride, p.packed, weight,
-                                                     tiles, 0, depth);
-                            }
-                            for_lane_pairs<kItemTiles>(m, first_tile, l.outputs, [&](int half, int n, int row, int column) {
-                                const auto bias = p.column_pair(kBias, l, column);
-                                const UnitGates<S> gates(p, l, column);
-                                Pack<T, 2> value;
-                                Pack<Operand, 2> to;
-#pragma unroll
-                                for (int j = 0; j < 2; ++j) {
-                                    const T z = d[0][n][half * 2 + j] + bias.v[j];
-                                    const T a = activate<Math>(s.activation, linear, z, gates.v[j]);
-                                    value.v[j] = s.activation == Activation::sigmoid ? a : z;
-                                    to.v[j] = Math::operand(column + j < l.outputs ? a : T(0));
-                                }
-                                values.st_as(at(layer) + row * next + column, value);
-                                if (layer < last) y.st_as(at(layer) + row * next + column, to);
-                            });
-                            if (layer < last) return;
-                            from_logits(m, first_tile, d);
-                            through(last, m, first_tile, d, !linear, true, true, own_value(last));
-                        });
-                        sync_block();
-                    }
-                    if (!linear) continue;
-                }
+    // Before stage l, where values are kept: g of layer l, from the gradient that waits behind its activation, and its inputs.
+    DIEN_OPS_DEVICE void resume(int layer) const {
+        const UnitLayer& l = s.layer[layer];
+        if (layer > 0) load_activations<Math>(p, p.hidden, rows, tile, c, layer - 1, y, at(layer - 1));
+        for_items<Math, kItemTiles>(row_tiles(), item_tiles(l.outputs), [&](int m, int first_tile, Item d) {
+            for_lane_pairs<kItemTiles>(m, first_tile, l.outputs, [&](int half, int n, int row, int column) {
+                if (!present(row)) return;
+                const auto pair = p.hidden_gradient.template ld_as<Pack<T, 2>>(p.kept(l, c, step() + row) + column);
+                d[0][n][half * 2] = pair.v[0], d[0][n][half * 2 + 1] = pair.v[1];
+            });
+            through_activation<false, true>(layer, m, first_tile, d);
+        });
+        sync_block();
+    }
 
-                const UnitLayer& l = s.layer[stage];
-                const int stride = unit_stride<Math>(l.outputs);
-                if constexpr (kKept) {
-                    if (stage > 0) load_activations<Math>(p, p.hidden, rows, tile, c, stage - 1, y, at(stage - 1));
-                    for_items<Math, kItemTiles>(
-                        row_tiles, item_tiles(l.outputs), [&](int m, int first_tile, T(&d)[1][kItemTiles][4]) {
-                            for_lane_pairs<kItemTiles>(m, first_tile, l.outputs, [&](int half, int n, int row, int column) {
-                                if (rows.place.ld(row) < 0) return;
-                                const auto pair =
-                                    p.hidden_gradient.template ld_as<Pack<T, 2>>(p.kept(l, c, step + row) + column);
-                                d[0][n][half * 2] = pair.v[0], d[0][n][half * 2 + 1] = pair.v[1];
-                            });
-                            through(stage, m, first_tile, d, false, false, true, kept_value(stage));
-                        });
-                    sync_block();
-                }
-                const int64_t gradient = block * s.gradient + l.gradient;
-                if (stage > 0) {
-                    add_weight_gradient<Math>(g, at(stage), y, at(stage - 1), l, s.rows, p.gradients, gradient);
-                    const int tiles = item_tiles(l.inputs), below = stage - 1;
-                    for_items<Math, kItemTiles>(row_tiles, tiles, [&](int m, int first_tile, T(&d)[1][kItemTiles][4]) {
-                        multiply_tiles<Math>(d, g, at(stage) + m * kTileRows * stride, stride, p.packed,
-                                             l.backward / kTileNumbers<Math> + first_tile, tiles, 0,
-                                             depth_tiles<Math>(l.outputs));
-                        if constexpr (kKept) {
-                            through(below, m, first_tile, d, false, true, false, kept_value(below));
-                        } else {
-                            through(below, m, first_tile, d, false, true, true, own_value(below));
-                        }
-                    });
-                    sync_block();
-                    continue;
-                }
+    // Stage l > 0: from g of layer l to the layer below.
+    DIEN_OPS_DEVICE void through_layer(int layer) const {
+        const UnitLayer& l = s.layer[layer];
+        const int stride = unit_stride<Math>(l.outputs), tiles = item_tiles(l.inputs);
+        add_weight_gradient<Math>(g, at(layer), y, at(layer - 1), l, s.rows, p.gradients, gradient(l));
+        for_items<Math, kItemTiles>(row_tiles(), tiles, [&](int m, int first_tile, Item d) {
+            multiply_tiles<Math>(d, g, at(layer) + m * kTileRows * stride, stride, p.packed,
+                                 l.backward / kTileNumbers<Math> + first_tile, tiles, 0, depth_tiles<Math>(l.outputs));
+            through_activation<true, !kKept>(layer - 1, m, first_tile, d);
+        });
+        sync_block();
+    }
 
-                add_weight_gradient<Math>(g, at(0), x, 0, l, s.rows, p.gradients, gradient);
-                const int triples = item_triples(D), tiles = 3 * triples;
-                for_items<Math, 3 * kItemTriples>(row_tiles, tiles, [&](int m, int first_tile, T(&d)[1][3 * kItemTriples][4]) {
-                    multiply_tiles<Math>(d, g, m * kTileRows * stride, stride, p.packed,
-                                         l.backward / kTileNumbers<Math> + first_tile, tiles, 0, depth_tiles<Math>(l.outputs));
+    // Stage 0: from g of the first layer to query and keys. A lane has the gradients of q, k and q * k at the same places.
+    DIEN_OPS_DEVICE void through_first_layer(bool first_target, bool last_target, int64_t target_part) const {
+        const UnitLayer& l = s.layer[0];
+        const int D = s.dim, width = unit_width(D), stride = unit_stride<Math>(l.outputs), tiles = 3 * item_triples(D);
+        add_weight_gradient<Math>(g, 0, x, 0, l, s.rows, p.gradients, gradient(l));
+        for_items<Math, 3 * kItemTriples>(row_tiles(), tiles, [&](int m, int first_tile, T(&d)[1][3 * kItemTriples][4]) {
+            const auto for_numbers = [&](const auto& f) {  // f(n, i, row, e)
 #pragma unroll
-                    for (int n = 0; n < kItemTriples; ++n) {
+                for (int n = 0; n < kItemTriples; ++n) {
 #pragma unroll
-                        for (int half = 0; half < 2; ++half) {
-                            const int row = m * kTileRows + half * 8 + tile_row();
-                            const int64_t place = rows.place.ld(row);
-#pragma unroll
-                            for (int j = 0; j < 2; ++j) {
-                                const int e = (first_tile / 3 + n) * kTileColumns + tile_column() + j, i = half * 2 + j;
-                                if (e >= D) continue;
-                                const T of_product = d[0][3 * n + 2][i];
-                                const T q = to_compute(x.ld(row * s.first_stride + e));
-                                const T k = to_compute(x.ld(row * s.first_stride + D + e));
-                                query_terms.st(row * width + e, place >= 0 ? d[0][3 * n][i] + k * of_product : T(0));
-                                if (place < 0) continue;
-                                T sum = d[0][3 * n + 1][i] + q * of_product;
-                                if (p.grad_pooled) {
-                                    sum += to_compute(p.scores.ld(score_of(row))) *
-                                           to_compute(p.grad_pooled.ld(pair_of(row) * D + e));
-                                }
-                                if (c > first_target) sum += keys_sum.ld(row * width + e);
-                                if (c + 1 < end_target) {
-                                    keys_sum.st(row * width + e, sum);
-                                } else if (p.target_parts > 1) {
-                                    p.keys_sums.st((target_part * s.batch * s.steps + place) * D + e, sum);
-                                } else {
-                                    p.grad_keys.st(place * D + e, to_storage<S>(sum));
-                                }
-                            }
-                        }
+                    for (int i = 0; i < 4; ++i) {
+                        const int e = (first_tile / 3 + n) * kTileColumns + tile_column() + i % 2;
+                        f(n, i, m * kTileRows + i / 2 * 8 + tile_row(), e);
                     }
-                });
-                sync_block();
-                // Of every sequence in the tile, the sum over its steps.
-                for (int i = thread_index(); i < s.rows * D; i += kUnitThreads) {
-                    const int row = i / D, e = i % D;
-                    const int64_t b = rows.sequence.ld(row);
-                    if (b < 0 || (row > 0 && rows.sequence.ld(row - 1) == b)) continue;
-                    T sum = 0;
+                }
+            };
+            S grad_pooled[kItemTriples][4], score[kItemTriples][4];  // on their way while the product runs
+            for_numbers([&](int n, int i, int row, int e) {
+                const bool here = e < D && present(row) && p.grad_pooled;
+                grad_pooled[n][i] = p.grad_pooled.template ld_if<S>(here, pair_of(row) * D + e);
+                score[n][i] = p.scores.template ld_if<S>(here, score_of(row));
+            });
+            multiply_tiles<Math>(d, g, m * kTileRows * stride, stride, p.packed, l.backward / kTileNumbers<Math> + first_tile,
+                                 tiles, 0, depth_tiles<Math>(l.outputs));
+            for_numbers([&](int n, int i, int row, int e) {
+                if (e >= D) return;
+                const T of_product = d[0][3 * n + 2][i];
+                const T q = to_compute(x.ld(row * s.first_stride + e)), k = to_compute(x.ld(row * s.first_stride + D + e));
+                query_terms.st(row * width + e, present(row) ? d[0][3 * n][i] + k * of_product : T(0));
+                if (!present(row)) return;
+                T sum = d[0][3 * n + 1][i] + q * of_product + to_compute(score[n][i]) * to_compute(grad_pooled[n][i]);
+                if (!first_target) sum += keys_sum.ld(row * width + e);
+                const int64_t to = rows.place.ld(row) * D + e;
+                if (!last_target) {
+                    keys_sum.st(row * width + e, sum);
+                } else if (p.target_parts > 1) {
+                    p.keys_sums.st(target_part * s.batch * s.steps * D + to, sum);
+                } else {
+                    p.grad_keys.st(to, to_storage<S>(sum));
+                }
+            });
+        });
+        sync_block();
+        // Of every sequence in the tile, the sum over its steps.
+        for (int i = thread_index(); i < s.rows * D; i += kUnitThreads) {
+            const int row = i / D, e = i % D;
+            const int64_t b = rows.sequence.ld(row);
+            if (b < 0 || (row > 0 && rows.sequence.ld(row - 1) == b)) continue;
+            T sum = 0;
 #pragma unroll 4
-                    for (int r = row; r < s.rows; ++r) {
-                        if (rows.sequence.ld(r) != b) break;
-                        sum += query_terms.ld(r * width + e);
-                    }
-                    p.query_sums.st(((tile + b) * s.targets + c) * D + e, sum);
+            for (int r = row; r < s.rows; ++r) {
+                if (rows.sequence.ld(r) != b) break;
+                sum += query_terms.ld(r * width + e);
+            }
+            p.query_sums.st(((tile + b) * s.targets + c) * D + e, sum);
+        }
+    }
+
+    DIEN_OPS_DEVICE int64_t gradient(const UnitLayer& l) const { return block_index() * s.gradient + l.gradient; }
+
+    // After the last tile: the sums of this launch, added to those of earlier ones.
+    DIEN_OPS_DEVICE void store_sums(bool first_launch) const {
+        for (int i = thread_index(); i < sums_size(); i += kUnitThreads) {
+            const int64_t to = block_index() * sums_size() + i;
+            T sum = first_launch ? T(0) : p.sums.ld(to);
+            for (int m = 0; m < row_tiles(); ++m) sum += column_sums.ld(m * sums_size() + i);
+            p.sums.st(to, sum);
+        }
+    }
+};
+
+template <typename Math, bool kShared, bool kKept>
+DIEN_OPS_KERNEL((kUnitResidentThreads<Math, kShared>))
+void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, int last_stage) {
+    const UnitShape& s = p.s;
+    Arena arena;
+    GlobalArena workspace(p.workspace, s.memory_bytes);
+    TileGradients<Math, kShared, kKept> work(p, arena, state_arena<kShared>(arena, workspace));
+
+    const int64_t tile_part = block_index() % p.tile_parts, target_part = block_index() / p.tile_parts;
+    const int64_t tiles = p.tiles(), end_tile = tiles * (tile_part + 1) / p.tile_parts;
+    const int64_t first_target = s.targets * target_part / p.target_parts;
+    const int64_t end_target = s.targets * (target_part + 1) / p.target_parts;
+    const bool first_launch = first_stage == s.hidden_layers;
+    if (first_launch) {
+        for (int64_t i = thread_index(); i < s.gradient; i += kUnitThreads) p.gradients.st(block_index() * s.gradient + i, 0);
+    }
+    work.clear();
+    sync_block();
+    for (int64_t tile = tiles * tile_part / p.tile_parts; tile < end_tile; ++tile) {
+        p.read_rows(work.rows, tile);
+        sync_block();
+        for (int64_t c = first_target; c < end_target; ++c) {
+            work.tile = tile, work.c = c;
+            work.read_logits();
+            if (!kKept || last_stage == 0) build_inputs<Math>(p, work.rows, c, work.x);
+            sync_block();
+            for (int stage = first_stage; stage >= last_stage; --stage) {
+                if (stage == s.hidden_layers) work.from_scores();
+                if (stage == s.layers) continue;
+                if constexpr (kKept) work.resume(stage);
+                if (stage > 0) {
+                    work.through_layer(stage);
+                } else {
+                    work.through_first_layer(c == first_target, c + 1 == end_target, target_part);
                 }
             }
             sync_block();
         }
     }
-
-    for (int i = thread_index(); i < sums_size; i += kUnitThreads) {
-        const int64_t to = block * sums_size + i;
-        T sum = first_stage == s.hidden_layers ? T(0) : p.sums.ld(to);
-        for (int m = 0; m < row_tiles; ++m) sum += column_sums.ld(m * sums_size + i);
-        p.sums.st(to, sum);
-    }
+    work.store_sums(first_launch);
 }
 
 // -------------------------------------------------------------------------------------------------------- sums over blocks

@@ -165,7 +165,7 @@ DIEN_OPS_HOST_DEVICE int64_t moment_parts(const UnitShape& s) { return s.targets
 int64_t logits_fixed(int rows) { return UnitRows::bytes(rows); }
 
 template <typename Math, bool kShared>
-DIEN_OPS_KERNEL(kUnitResidentThreads<Math>)
+DIEN_OPS_KERNEL((kUnitResidentThreads<Math, kShared>))
 void unit_logits(LogitsParams<typename Math::Storage> p, int first_stage, int last_stage) {
     using S = typename Math::Storage;
     using T = Accumulator<Math>;
