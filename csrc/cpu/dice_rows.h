@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dice over some rows of a [N, C] matrix: the loops that the dice column and the activation unit share.
 //
-// Sums over rows run down the columns, four vectors of columns at a time, in registers. They are taken in T over at most
-// kRowsPerSum rows and continued in double, so their error does not grow with the number of rows. Each call serves one
-// thread's rows; the callers add the partial results up in a fixed order.
+// Rows are stored in any format S and computed in T = Compute<S>, in which columns, statistics and sums of kRowsPerSum rows
+// are. A row is taken kVecs vectors at a time (vecs.h).
+//
+// Sums over rows run down the columns, in registers. They are taken in T over at most kRowsPerSum rows and continued in double,
+// so their error does not grow with the number of rows. Each call serves one thread's rows; the callers add the partial results
+// up in a fixed order.
 //
 // Where C is no multiple of the vector, the last vector is moved left until it fits, which is cheaper than a masked access:
 // some columns are computed twice, with the same result. So input and output may be the same memory only where C is a multiple.
 #pragma once
 
 #include "common/dice.h"
-#include "cpu/simd.h"
+#include "cpu/vecs.h"
 
 namespace dien_ops::cpu {
 namespace {
@@ -33,30 +36,44 @@ void for_column_tiles(int64_t C, F&& f) {
     }
 }
 
-// Sums over rows: sums[k][c] += the sum over r of term(r, c, lanes)[k], for k < kSums.
+// Sums over rows: sums[k][c] += the sum over r of the vectors' k-th term, for k < kSums. term.template operator()<kVectors>(r, c,
+// columns, terms) gives those of row r from column c on: terms[k] is a Vecs<T, kVectors>, of which so many columns count.
 template <int kSums, int kWide, typename T, typename F>
-void add_column_sums(int64_t rows, int64_t C, double* sums, const F& term) {
+void sum_down(int64_t rows, int64_t C, double* sums, const F& term) {
     constexpr int64_t kSize = Vec<T>::kSize;
     for (int64_t begin = 0; begin < rows; begin += kRowsPerSum) {
         const int64_t end = rows - begin < kRowsPerSum ? rows : begin + kRowsPerSum;
         for_column_tiles<T, kWide>(C, [&]<int kVectors>(int64_t first, int64_t lanes, int64_t fresh) {
-            Vec<T> total[kVectors][kSums];
+            using V = Vecs<T, kVectors>;
+            const int64_t columns = (kVectors - 1) * kSize + lanes;
+            V total[kSums];
             for (int64_t r = begin; r < end; ++r) {
-                for (int v = 0; v < kVectors; ++v) {
-                    Vec<T> terms[kSums];
-                    term(r, first + v * kSize, lanes, terms);
-                    for (int k = 0; k < kSums; ++k) total[v][k] += terms[k];
-                }
+                V terms[kSums];
+                term.template operator()<kVectors>(r, first, columns, terms);
+                for (int k = 0; k < kSums; ++k) total[k] += terms[k];
             }
-            for (int v = 0; v < kVectors; ++v) {
-                for (int64_t i = 0; i < lanes; ++i) {
-                    const int64_t c = first + v * kSize + i;
-                    if (c < fresh) continue;
-                    for (int k = 0; k < kSums; ++k) sums[k * C + c] += total[v][k].v[i];
-                }
+            for (int k = 0; k < kSums; ++k) {
+                T sum[V::kSize];
+                total[k].store(sum, V::kSize);
+                double* const to = sums + k * C + first;
+                for (int64_t i = fresh - first; i < columns; ++i) to[i] += sum[i];
             }
         });
     }
+}
+
+// The same of terms that are made a vector at a time, by term(r, c, lanes, terms).
+template <int kSums, int kWide, typename T, typename F>
+void add_column_sums(int64_t rows, int64_t C, double* sums, const F& term) {
+    sum_down<kSums, kWide, T>(rows, C, sums, [&]<int kVectors>(int64_t r, int64_t c, int64_t n, Vecs<T, kVectors>* terms) {
+        constexpr int64_t kSize = Vec<T>::kSize;
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            Vec<T> of_vector[kSums];
+            term(r, c + v * kSize, n - v * kSize < kSize ? n - v * kSize : kSize, of_vector);
+            for (int k = 0; k < kSums; ++k) terms[k].v[v] = of_vector[k];
+        }
+    });
 }
 
 // Count, mean and sum of squared deviations of C columns.
@@ -68,45 +85,57 @@ struct Moments {
     double* mean() const { return data + 1; }
     double* deviation() const { return data + 1 + C; }
 
-    // Joins n values of column c to the count() that it stands for (Chan, Golub, LeVeque 1979). count() itself stays.
-    void merge_column(int64_t c, double n, double other_mean, double other_deviation) const {
-        const double delta = other_mean - mean()[c], total = count() + n;
-        mean()[c] += delta * (n / total);
-        deviation()[c] += other_deviation + delta * delta * (count() * n / total);
+    // Joins n values of each column from `first` on to the count() that they stand for (Chan, Golub, LeVeque 1979): those of
+    // other_mean and other_deviation, in their order. count() itself stays.
+    void merge_columns(int64_t first, int64_t columns, double n, const double* other_mean,
+                       const double* other_deviation) const {
+        const double share = n / (count() + n), weight = count() * share;
+        double* const means = mean() + first;
+        double* const deviations = deviation() + first;
+#pragma GCC ivdep
+        for (int64_t c = 0; c < columns; ++c) {
+            const double delta = other_mean[c] - means[c];
+            means[c] += delta * share;
+            deviations[c] += other_deviation[c] + delta * delta * weight;
+        }
     }
-    void merge(const Moments& other) const {
-        if (other.count() == 0) return;
-        for (int64_t c = 0; c < C; ++c) merge_column(c, other.count(), other.mean()[c], other.deviation()[c]);
-        count() += other.count();
+    void merge(double n, const double* other_mean, const double* other_deviation) const {
+        if (n == 0) return;
+        merge_columns(0, C, n, other_mean, other_deviation);
+        count() += n;
     }
+    void merge(const Moments& other) const { merge(other.count(), other.mean(), other.deviation()); }
 };
 
 // Adds the rows of x [rows, C] to m. The sums of a run of rows are taken of the distances from its first row: a large mean
 // costs no precision, and as that row is one of the values, the squares exceed the deviation by a factor of kRowsPerSum at the
 // most.
-template <typename T>
-void add_moments(const T* x, int64_t stride, int64_t rows, const Moments& m) {
+template <typename S>
+[[gnu::flatten]] void add_moments(const S* x, int64_t stride, int64_t rows, const Moments& m) {
+    using T = Compute<S>;
     constexpr int64_t kSize = Vec<T>::kSize;
     for (; rows > 0; x += kRowsPerSum * stride, rows -= kRowsPerSum) {
         const int64_t run = rows < kRowsPerSum ? rows : kRowsPerSum;
-        for_column_tiles<T, 4>(m.C, [&]<int kVectors>(int64_t first, int64_t lanes, int64_t fresh) {
-            Vec<T> pivots[kVectors], sums[kVectors], squares[kVectors];
-            for (int v = 0; v < kVectors; ++v) pivots[v] = Vec<T>::load(x + first + v * kSize, lanes);
+        for_column_tiles<T, kVecs>(m.C, [&]<int kVectors>(int64_t first, int64_t lanes, int64_t fresh) {
+            using V = Vecs<T, kVectors>;
+            const int64_t columns = (kVectors - 1) * kSize + lanes;
+            const V pivots = V::load(x + first, columns);
+            V sums, squares;
             for (int64_t r = 1; r < run; ++r) {
-                for (int v = 0; v < kVectors; ++v) {
-                    const Vec<T> d = Vec<T>::load(x + r * stride + first + v * kSize, lanes) - pivots[v];
-                    sums[v] += d;
-                    squares[v] += d * d;
-                }
+                const V d = V::load(x + r * stride + first, columns) - pivots;
+                sums += d;
+                squares += d * d;
             }
-            for (int v = 0; v < kVectors; ++v) {
-                for (int64_t i = 0; i < lanes; ++i) {
-                    const int64_t c = first + v * kSize + i;
-                    if (c < fresh) continue;
-                    const double sum = sums[v].v[i], offset = sum / double(run), deviation = squares[v].v[i] - sum * offset;
-                    m.merge_column(c, double(run), pivots[v].v[i] + offset, deviation < 0 ? 0 : deviation);
-                }
+            T pivot[V::kSize], sum[V::kSize], square[V::kSize];
+            pivots.store(pivot, V::kSize), sums.store(sum, V::kSize), squares.store(square, V::kSize);
+            double mean[V::kSize], deviation[V::kSize];
+            const double share = 1 / double(run);
+            for (int64_t i = 0; i < V::kSize; ++i) {
+                const double offset = sum[i] * share, d = square[i] - sum[i] * offset;
+                mean[i] = pivot[i] + offset;
+                deviation[i] = d < 0 ? 0 : d;
             }
+            m.merge_columns(fresh, first + columns - fresh, double(run), mean + fresh - first, deviation + fresh - first);
         });
         m.count() += double(run);
     }
@@ -152,37 +181,47 @@ DiceColumns<T> dice_columns(const T* data, int64_t C) {
     return {data, data + C, data + 2 * C, data + 3 * C};
 }
 
-// One vector of values with all that belongs to it.
-template <typename T>
+// Some values of a row with all that belongs to them: `columns` of them from column c on.
+template <typename T, int kVectors>
 struct DiceLanes {
-    Vec<T> s, scale, alpha, centered, p;
+    using V = Vecs<T, kVectors>;
+    V s, scale, alpha, centered, p;
 
-    DiceLanes(const DiceColumns<T>& columns, const T* x, int64_t c, int64_t lanes)
-        : s(Vec<T>::load(x + c, lanes)),
-          scale(Vec<T>::load(columns.scale + c, lanes)),
-          alpha(Vec<T>::load(columns.alpha + c, lanes)),
-          centered(s - Vec<T>::load(columns.mean + c, lanes)),
-          p(sigmoid(scale * centered + Vec<T>::load(columns.bias + c, lanes))) {}
+    template <typename S>
+    DiceLanes(const DiceColumns<T>& of, const S* x, int64_t c, int64_t columns)
+        : s(V::load(x + c, columns)),
+          scale(V::load(of.scale + c, columns)),
+          alpha(V::load(of.alpha + c, columns)),
+          centered(s - V::load(of.mean + c, columns)),
+          p(sigmoid(scale * centered + V::load(of.bias + c, columns))) {}
 };
 
-// y = f(x), both [rows, C] with row strides
-template <typename T>
-void dice_rows(const DiceColumns<T>& columns, const T* x, int64_t stride_x, T* y, int64_t stride_y, int64_t rows, int64_t C) {
+// Calls f.template operator()<vectors>(r, c, columns) for parts of rows that together cover them all, row after row.
+template <typename T, int kWide, typename F>
+void for_row_tiles(int64_t rows, int64_t C, F&& f) {
     for (int64_t r = 0; r < rows; ++r) {
-        for_column_tiles<T, 1>(C, [&]<int>(int64_t c, int64_t lanes, int64_t) {
-            const DiceLanes<T> d(columns, x + r * stride_x, c, lanes);
-            dice_value(d.s, d.p, d.alpha).store(y + r * stride_y + c, lanes);
+        for_column_tiles<T, kWide>(C, [&]<int kVectors>(int64_t c, int64_t lanes, int64_t) {
+            f.template operator()<kVectors>(r, c, (kVectors - 1) * Vec<T>::kSize + lanes);
         });
     }
 }
 
+// y = f(x), both [rows, C] with row strides
+template <typename T, typename S>
+[[gnu::flatten]] void dice_rows(const DiceColumns<T>& columns, const S* x, int64_t stride_x, S* y, int64_t stride_y, int64_t rows, int64_t C) {
+    for_row_tiles<T, kVecs>(rows, C, [&]<int kVectors>(int64_t r, int64_t c, int64_t n) {
+        const DiceLanes<T, kVectors> d(columns, x + r * stride_x, c, n);
+        dice_value(d.s, d.p, d.alpha).store(y + r * stride_y + c, n);
+    });
+}
+
 // Adds to sums [3, C]: the gradient of alpha; the sum of g_logit, the gradient of weight x + bias; the sum of g_logit (s - E).
-template <typename T>
-void add_dice_sums(const DiceColumns<T>& columns, const T* x, int64_t stride_x, const T* g, int64_t stride_g, int64_t rows,
+template <typename T, typename S>
+[[gnu::flatten]] void add_dice_sums(const DiceColumns<T>& columns, const S* x, int64_t stride_x, const S* g, int64_t stride_g, int64_t rows,
                    int64_t C, double* sums) {
-    add_column_sums<3, 2, T>(rows, C, sums, [&](int64_t r, int64_t c, int64_t lanes, Vec<T>* terms) {
-        const DiceLanes<T> d(columns, x + r * stride_x, c, lanes);
-        const Vec<T> grad = Vec<T>::load(g + r * stride_g + c, lanes);
+    sum_down<3, kVecs, T>(rows, C, sums, [&]<int kVectors>(int64_t r, int64_t c, int64_t n, Vecs<T, kVectors>* terms) {
+        const DiceLanes<T, kVectors> d(columns, x + r * stride_x, c, n);
+        const auto grad = Vecs<T, kVectors>::load(g + r * stride_g + c, n);
         terms[0] = grad * dice_slope_of_alpha(d.s, d.p);
         terms[1] = dice_logit_gradient(grad, d.s, d.p, d.alpha);
         terms[2] = terms[1] * d.centered;
@@ -214,20 +253,18 @@ DiceFeedback<T> dice_feedback(const T* data, int64_t C) {
 }
 
 // The gradient of x, from that of y
-template <typename T>
-void dice_gradient_rows(const DiceColumns<T>& columns, const DiceFeedback<T>& feedback, const T* x, int64_t stride_x,
-                        const T* g, int64_t stride_g, T* grad_x, int64_t stride_grad_x, int64_t rows, int64_t C) {
-    for (int64_t r = 0; r < rows; ++r) {
-        for_column_tiles<T, 1>(C, [&]<int>(int64_t c, int64_t lanes, int64_t) {
-            const DiceLanes<T> d(columns, x + r * stride_x, c, lanes);
-            const Vec<T> grad = Vec<T>::load(g + r * stride_g + c, lanes);
-            const Vec<T> g_logit = dice_logit_gradient(grad, d.s, d.p, d.alpha);
-            const Vec<T> mean_g_logit = feedback.pull ? Vec<T>::load(feedback.mean_g_logit + c, lanes) : Vec<T>();
-            const Vec<T> pull = feedback.pull ? Vec<T>::load(feedback.pull + c, lanes) : Vec<T>();
-            dice_gradient(grad, g_logit, d.p, d.alpha, d.scale, d.centered, mean_g_logit, pull)
-                .store(grad_x + r * stride_grad_x + c, lanes);
-        });
-    }
+template <typename T, typename S>
+[[gnu::flatten]] void dice_gradient_rows(const DiceColumns<T>& columns, const DiceFeedback<T>& feedback, const S* x, int64_t stride_x,
+                        const S* g, int64_t stride_g, S* grad_x, int64_t stride_grad_x, int64_t rows, int64_t C) {
+    for_row_tiles<T, kVecs>(rows, C, [&]<int kVectors>(int64_t r, int64_t c, int64_t n) {
+        using V = Vecs<T, kVectors>;
+        const DiceLanes<T, kVectors> d(columns, x + r * stride_x, c, n);
+        const V grad = V::load(g + r * stride_g + c, n), g_logit = dice_logit_gradient(grad, d.s, d.p, d.alpha);
+        const V mean_g_logit = feedback.pull ? V::load(feedback.mean_g_logit + c, n) : V();
+        const V pull = feedback.pull ? V::load(feedback.pull + c, n) : V();
+        dice_gradient(grad, g_logit, d.p, d.alpha, d.scale, d.centered, mean_g_logit, pull)
+            .store(grad_x + r * stride_grad_x + c, n);
+    });
 }
 
 }  // namespace
