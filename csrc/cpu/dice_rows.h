@@ -36,10 +36,10 @@ void for_column_tiles(int64_t C, F&& f) {
     }
 }
 
-// Sums over rows: sums[k][c] += the sum over r of the vectors' k-th term, for k < kSums. term.template operator()<kVectors>(r, c,
-// columns, terms) gives those of row r from column c on: terms[k] is a Vecs<T, kVectors>, of which so many columns count.
+// sums[k][c] += the sum over r of the k-th term, for k < kSums. term.template operator()<kVectors>(r, c, columns, terms) gives
+// those of row r for so many columns from c on.
 template <int kSums, int kWide, typename T, typename F>
-void sum_down(int64_t rows, int64_t C, double* sums, const F& term) {
+void add_term_sums(int64_t rows, int64_t C, double* sums, const F& term) {
     constexpr int64_t kSize = Vec<T>::kSize;
     for (int64_t begin = 0; begin < rows; begin += kRowsPerSum) {
         const int64_t end = rows - begin < kRowsPerSum ? rows : begin + kRowsPerSum;
@@ -65,7 +65,7 @@ void sum_down(int64_t rows, int64_t C, double* sums, const F& term) {
 // The same of terms that are made a vector at a time, by term(r, c, lanes, terms).
 template <int kSums, int kWide, typename T, typename F>
 void add_column_sums(int64_t rows, int64_t C, double* sums, const F& term) {
-    sum_down<kSums, kWide, T>(rows, C, sums, [&]<int kVectors>(int64_t r, int64_t c, int64_t n, Vecs<T, kVectors>* terms) {
+    add_term_sums<kSums, kWide, T>(rows, C, sums, [&]<int kVectors>(int64_t r, int64_t c, int64_t n, Vecs<T, kVectors>* terms) {
         constexpr int64_t kSize = Vec<T>::kSize;
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
@@ -116,6 +116,7 @@ template <typename S>
     constexpr int64_t kSize = Vec<T>::kSize;
     for (; rows > 0; x += kRowsPerSum * stride, rows -= kRowsPerSum) {
         const int64_t run = rows < kRowsPerSum ? rows : kRowsPerSum;
+        const double share = 1 / double(run);
         for_column_tiles<T, kVecs>(m.C, [&]<int kVectors>(int64_t first, int64_t lanes, int64_t fresh) {
             using V = Vecs<T, kVectors>;
             const int64_t columns = (kVectors - 1) * kSize + lanes;
@@ -129,7 +130,6 @@ template <typename S>
             T pivot[V::kSize], sum[V::kSize], square[V::kSize];
             pivots.store(pivot, V::kSize), sums.store(sum, V::kSize), squares.store(square, V::kSize);
             double mean[V::kSize], deviation[V::kSize];
-            const double share = 1 / double(run);
             for (int64_t i = 0; i < V::kSize; ++i) {
                 const double offset = sum[i] * share, d = square[i] - sum[i] * offset;
                 mean[i] = pivot[i] + offset;
@@ -164,15 +164,15 @@ T dice_scale(T weight, T var, const DiceEps& eps) {
     return T(weight / eps.divisor(var));
 }
 
-// Fills data [4, C]. weight and bias may be null.
+// Fills the first C columns of data [4, width]. weight and bias may be null.
 template <typename T>
 void fill_dice_columns(const T* mean, const T* var, const T* weight, const T* bias, const T* alpha, const DiceEps& eps,
-                       int64_t C, T* data) {
+                       int64_t C, int64_t width, T* data) {
     for (int64_t c = 0; c < C; ++c) {
         data[c] = mean[c];
-        data[C + c] = dice_scale(weight != nullptr ? weight[c] : T(1), var[c], eps);
-        data[2 * C + c] = bias != nullptr ? bias[c] : T(0);
-        data[3 * C + c] = alpha[c];
+        data[width + c] = dice_scale(weight != nullptr ? weight[c] : T(1), var[c], eps);
+        data[2 * width + c] = bias != nullptr ? bias[c] : T(0);
+        data[3 * width + c] = alpha[c];
     }
 }
 
@@ -208,7 +208,8 @@ void for_row_tiles(int64_t rows, int64_t C, F&& f) {
 
 // y = f(x), both [rows, C] with row strides
 template <typename T, typename S>
-[[gnu::flatten]] void dice_rows(const DiceColumns<T>& columns, const S* x, int64_t stride_x, S* y, int64_t stride_y, int64_t rows, int64_t C) {
+[[gnu::flatten]] void dice_rows(const DiceColumns<T>& columns, const S* x, int64_t stride_x, S* y, int64_t stride_y,
+                                int64_t rows, int64_t C) {
     for_row_tiles<T, kVecs>(rows, C, [&]<int kVectors>(int64_t r, int64_t c, int64_t n) {
         const DiceLanes<T, kVectors> d(columns, x + r * stride_x, c, n);
         dice_value(d.s, d.p, d.alpha).store(y + r * stride_y + c, n);
@@ -217,9 +218,9 @@ template <typename T, typename S>
 
 // Adds to sums [3, C]: the gradient of alpha; the sum of g_logit, the gradient of weight x + bias; the sum of g_logit (s - E).
 template <typename T, typename S>
-[[gnu::flatten]] void add_dice_sums(const DiceColumns<T>& columns, const S* x, int64_t stride_x, const S* g, int64_t stride_g, int64_t rows,
-                   int64_t C, double* sums) {
-    sum_down<3, kVecs, T>(rows, C, sums, [&]<int kVectors>(int64_t r, int64_t c, int64_t n, Vecs<T, kVectors>* terms) {
+[[gnu::flatten]] void add_dice_sums(const DiceColumns<T>& columns, const S* x, int64_t stride_x, const S* g, int64_t stride_g,
+                                    int64_t rows, int64_t C, double* sums) {
+    add_term_sums<3, kVecs, T>(rows, C, sums, [&]<int kVectors>(int64_t r, int64_t c, int64_t n, Vecs<T, kVectors>* terms) {
         const DiceLanes<T, kVectors> d(columns, x + r * stride_x, c, n);
         const auto grad = Vecs<T, kVectors>::load(g + r * stride_g + c, n);
         terms[0] = grad * dice_slope_of_alpha(d.s, d.p);
@@ -235,16 +236,22 @@ struct DiceFeedback {
     const T* pull;          // [C]
 };
 
-// Fills data [2, C] from the sums [3, C] over all `count` rows. A column without deviation has no derivative there, as in
-// reference.py: its pull is 0.
+// Fills the first C columns of data [2, width] from the sums [3, C] over all `count` rows. A column without deviation has no
+// derivative there, as in reference.py: its pull is 0.
 template <typename T>
 void fill_dice_feedback(const double* sums, double count, const T* var, const T* scale, const DiceEps& eps, int64_t C,
-                        T* data) {
+                        int64_t width, T* data) {
     for (int64_t c = 0; c < C; ++c) {
         const double root = eps.root(var[c]);
         data[c] = count > 0 ? T(sums[C + c] / count) : T(0);
-        data[C + c] = root > 0 ? T(double(scale[c]) / eps.divisor(var[c]) / root * (sums[2 * C + c] / count)) : T(0);
+        data[width + c] = root > 0 ? T(double(scale[c]) / eps.divisor(var[c]) / root * (sums[2 * C + c] / count)) : T(0);
     }
+}
+
+template <typename T>
+void fill_dice_feedback(const double* sums, double count, const T* var, const T* scale, const DiceEps& eps, int64_t C,
+                        T* data) {
+    fill_dice_feedback(sums, count, var, scale, eps, C, C, data);
 }
 
 template <typename T>
@@ -254,8 +261,9 @@ DiceFeedback<T> dice_feedback(const T* data, int64_t C) {
 
 // The gradient of x, from that of y
 template <typename T, typename S>
-[[gnu::flatten]] void dice_gradient_rows(const DiceColumns<T>& columns, const DiceFeedback<T>& feedback, const S* x, int64_t stride_x,
-                        const S* g, int64_t stride_g, S* grad_x, int64_t stride_grad_x, int64_t rows, int64_t C) {
+[[gnu::flatten]] void dice_gradient_rows(const DiceColumns<T>& columns, const DiceFeedback<T>& feedback, const S* x,
+                                         int64_t stride_x, const S* g, int64_t stride_g, S* grad_x, int64_t stride_grad_x,
+                                         int64_t rows, int64_t C) {
     for_row_tiles<T, kVecs>(rows, C, [&]<int kVectors>(int64_t r, int64_t c, int64_t n) {
         using V = Vecs<T, kVectors>;
         const DiceLanes<T, kVectors> d(columns, x + r * stride_x, c, n);

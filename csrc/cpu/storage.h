@@ -41,20 +41,36 @@ inline Bits16 load_bits(const uint16_t* p, int64_t n) {
 inline void store_bits(Bits16 bits, uint16_t* p, int64_t n) { copy_first(reinterpret_cast<const uint16_t*>(&bits), p, n); }
 #endif
 
-inline Vec<float> widen(Bits16 bits, BFloat16) { return from_bits<float>(__builtin_convertvector(bits, Bits32) << 16); }
+// To the lower halves of 32 bits, and from there; the compiler takes several instructions where AVX-512 has one. (Masks:
+// simd.h.)
+#if defined(__AVX512F__)
+inline Bits32 widen_bits(Bits16 bits) { return (Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits); }
+inline Bits16 narrow_bits(Bits32 bits) { return (Bits16)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits); }
+#else
+inline Bits32 widen_bits(Bits16 bits) { return __builtin_convertvector(bits, Bits32); }
+inline Bits16 narrow_bits(Bits32 bits) { return __builtin_convertvector(bits, Bits16); }
+#endif
+
+inline Vec<float> widen(Bits16 bits, BFloat16) { return from_bits<float>(widen_bits(bits) << 16); }
 
 // To the nearest, ties to even; a NaN stays one.
 inline Bits16 narrow(Vec<float> x, BFloat16) {
     const Bits32 bits = bits_of(x);
     const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const Bits32 result = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded;
-    return __builtin_convertvector(result, Bits16);
+    return narrow_bits(result);
 }
 
+#if defined(__AVX512F__)
+inline Vec<float> widen(Bits16 half, Half) { return Vec<float>(_mm512_maskz_cvtph_ps(0xffff, (__m256i)half)); }
+inline Bits16 narrow(Vec<float> x, Half) {
+    return (Bits16)_mm512_maskz_cvtps_ph(0xffff, x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
 // Half's exponent, moved to where float has its own, is 112 too small; scaling mends that for subnormal numbers too. What was
 // infinite or NaN has an exponent of 143 then and gets 255. (With torch.set_flush_denormal they are zero, as float's are.)
 inline Vec<float> widen(Bits16 half, Half) {
-    const Bits32 wide = __builtin_convertvector(half, Bits32);
+    const Bits32 wide = widen_bits(half);
     const Bits32 sign = (wide & 0x8000) << 16;
     const Vec<float> scaled = from_bits<float>((wide & 0x7fff) << 13) * Vec<float>(0x1p112f);
     const Bits32 bits = bits_of(scaled);
@@ -70,8 +86,9 @@ inline Bits16 narrow(Vec<float> x, Half) {
     const Bits32 subnormal = bits_of(from_bits<float>(magnitude) + Vec<float>(0.5f)) - 0x3f000000;
     const Bits32 finite = magnitude < 0x38800000 ? subnormal : normal;
     const Bits32 infinite = magnitude > 0x7f800000 ? Bits32{} + 0x7e00 : Bits32{} + 0x7c00;
-    return __builtin_convertvector((magnitude >= 0x477ff000 ? infinite : finite) | sign, Bits16);
+    return narrow_bits((magnitude >= 0x477ff000 ? infinite : finite) | sign);
 }
+#endif
 
 // The first n elements at p (0 <= n <= kSize), as what is computed in; the other lanes are 0.
 template <typename T, typename S>

@@ -70,7 +70,7 @@ template <typename T>
 struct Exp2Series;
 template <>
 struct Exp2Series<float> {
-    static constexpr float kTerms[] = {0.693147188026f,    0.240226507606f,    0.0555035711422f,
+    static constexpr float kTerms[] = {0.693147188026f,   0.240226507606f,   0.0555035711422f,
                                        0.00961808255728f, 0.00133908633647f, 0.000154531629451f};
 };
 template <>
@@ -96,7 +96,8 @@ Vecs<T, kCount> sigmoid(const Vecs<T, kCount>& given) {
     V series(kTerms[kCountOfTerms - 1]);
 #pragma GCC unroll 16
     for (int k = kCountOfTerms - 2; k >= 0; --k) series = series * f + V(kTerms[k]);
-    const V power = V::each([&](int i) { return from_bits<T>((bits_of(shifted.v[i]) + Traits::kBias) << Traits::kMantissaBits); });
+    const V power =
+        V::each([&](int i) { return from_bits<T>((bits_of(shifted.v[i]) + Traits::kBias) << Traits::kMantissaBits); });
     return V(T(1)) / (V(T(1)) + (power + power * (f * series)));
 }
 

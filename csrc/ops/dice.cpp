@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The dice column between torch and the kernels: checks, allocation, threads.
+// The dice column between torch and the CPU kernels: allocation, threads.
 #include "cpu/dice.h"
 
 #include <algorithm>
 #include <numeric>
 #include <tuple>
 
-#include "ops/tensor.h"
+#include "ops/dice_arguments.h"
 
 namespace dien_ops::ops {
 namespace {
@@ -15,66 +15,49 @@ using cpu::DiceBackward;
 using cpu::DiceForward;
 using cpu::DiceProblem;
 
-// The tensors of a call, checked and contiguous. Owns what a DiceProblem borrows.
-struct Arguments {
-    int64_t B, T, C;  // an [N, C] input is one sequence of N steps
-    ScalarType dtype;
-    DiceEps eps;
-    Tensor input, alpha;
-    OptionalTensor weight, bias;
-    std::vector<int64_t> lengths;
-};
-
-Arguments read_arguments(const Tensor& input, const Tensor& alpha, const OptionalTensor& weight, const OptionalTensor& bias,
-                         const OptionalTensor& lengths, double eps, double variance_eps) {
-    Arguments a;
-    check(input.dim() == 2 || input.dim() == 3, "input must be 2-D or 3-D, got shape ", to_string(sizes_of(input)));
-    check(input.dim() == 3 || !lengths.has_value(), "lengths need a 3-D input, got shape ", to_string(sizes_of(input)));
-    a.B = input.dim() == 3 ? input.size(0) : 1;
-    a.T = input.size(input.dim() - 2);
-    a.C = input.size(input.dim() - 1);
-    a.dtype = input.scalar_type();
-    a.eps = {eps, variance_eps};
-    a.input = checked(input, "input", sizes_of(input), a.dtype);
-    a.alpha = checked(alpha, "alpha", {a.C}, a.dtype);
-    a.weight = checked(weight, "weight", {a.C}, a.dtype);
-    a.bias = checked(bias, "bias", {a.C}, a.dtype);
-    a.lengths = read_lengths(lengths, a.B, a.T);
-    return a;
+// The pointers are borrowed from the arguments. `columns` is memory that the problem's user keeps: see columns_of.
+template <typename S>
+DiceProblem<S> problem(const DiceArguments& a, const std::vector<int64_t>& lengths) {
+    // Large enough that a block's sums are small beside it, small enough for the second cache and to share out to threads.
+    constexpr int64_t kValuesPerBlock = 16384, kFewestRows = 64;
+    DiceProblem<S> p{};
+    p.batch = a.B, p.steps = a.T, p.channels = a.C;
+    p.lengths = lengths.data();
+    p.count = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
+    p.fold = cpu::dice_fold(a.C);
+    const int64_t rows = std::max(kValuesPerBlock / std::max<int64_t>(a.C, 1), kFewestRows);
+    p.rows_per_block = divide_up(rows, p.fold) * p.fold;
+    p.eps = a.eps;
+    p.input = pointer<S>(a.input);
+    p.alpha = pointer<Compute<S>>(a.alpha);
+    p.weight = pointer<Compute<S>>(a.weight);
+    p.bias = pointer<Compute<S>>(a.bias);
+    return p;
 }
 
-template <typename T>
-DiceProblem<T> problem(const Arguments& a) {
-    // Large enough that a block's sums are small beside it, small enough for the second cache and to share out to threads.
-    constexpr int64_t kValuesPerBlock = 16384, kFewestRows = 64, kMostRows = 1024;
-    DiceProblem<T> p{};
-    p.batch = a.B, p.steps = a.T, p.channels = a.C;
-    p.lengths = a.lengths.data();
-    p.count = std::accumulate(a.lengths.begin(), a.lengths.end(), int64_t{0});
-    p.rows_per_block = std::clamp(kValuesPerBlock / std::max<int64_t>(a.C, 1), kFewestRows, kMostRows);
-    p.eps = a.eps;
-    p.input = pointer<T>(a.input);
-    p.alpha = pointer<T>(a.alpha);
-    p.weight = pointer<T>(a.weight);
-    p.bias = pointer<T>(a.bias);
-    return p;
+template <typename S>
+Tensor columns_of(const DiceProblem<S>& p, int64_t rows, const DiceArguments& a) {
+    return empty({rows, p.width()}, a.compute_dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor> dice(const Tensor& input, const Tensor& alpha, const OptionalTensor& mean,
                                         const OptionalTensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
                                         const OptionalTensor& lengths, double eps, double variance_eps) {
-    const Arguments a = read_arguments(input, alpha, weight, bias, lengths, eps, variance_eps);
+    const DiceArguments a = read_dice_arguments(input, alpha, weight, bias, lengths, eps, variance_eps);
     check(mean.has_value() == var.has_value(), "mean and var must be given together");
-    const OptionalTensor fixed_mean = checked(mean, "mean", {a.C}, a.dtype), fixed_var = checked(var, "var", {a.C}, a.dtype);
-    const Tensor output = empty(sizes_of(input), a.dtype), columns = empty({4, a.C}, a.dtype);
-    const Tensor used_mean = empty({a.C}, a.dtype), used_var = empty({a.C}, a.dtype);
-    with_floating_type(a.dtype, "input", [&](auto zero) {
-        using T = decltype(zero);
-        DiceForward<T> p{problem<T>(a)};
+    const OptionalTensor fixed_mean = a.columns(mean, "mean"), fixed_var = a.columns(var, "var");
+    const std::vector<int64_t> steps = read_lengths(lengths, a.B, a.T);
+    const Tensor output = empty(a.sizes(), a.dtype);
+    const Tensor used_mean = empty({a.C}, a.compute_dtype), used_var = empty({a.C}, a.compute_dtype);
+    with_storage_type(a.dtype, "input", [&](auto zero) {
+        using S = decltype(zero);
+        using T = Compute<S>;
+        DiceForward<S> p{problem<S>(a, steps)};
+        const Tensor columns = columns_of(p, 4, a);
         p.columns = mutable_pointer<T>(columns);
         p.mean = mutable_pointer<T>(used_mean);
         p.var = mutable_pointer<T>(used_var);
-        p.output = mutable_pointer<T>(output);
+        p.output = mutable_pointer<S>(output);
         cpu::with_capability([&](auto target) {
             if (mean.has_value()) {
                 std::copy_n(pointer<T>(fixed_mean), a.C, p.mean);
@@ -85,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> dice(const Tensor& input, const Tensor& alpha
                 parallel_ranges(p.blocks(), [&](int64_t begin, int64_t end) { cpu::dice_moments<target()>(p, begin, end); });
                 cpu::dice_statistics<target()>(p);
             }
-            cpu::dice_prepare<target(), T>(p, p.mean, p.var);
+            cpu::dice_prepare<target(), S>(p, p.mean, p.var);
             parallel_ranges(p.blocks(), [&](int64_t begin, int64_t end) { cpu::dice_forward<target()>(p, begin, end); });
         });
     });
@@ -96,35 +79,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dice_backward(const Tensor& grad_outp
                                                          const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
                                                          const OptionalTensor& bias, const OptionalTensor& lengths,
                                                          bool batch_statistics, double eps, double variance_eps) {
-    const Arguments a = read_arguments(input, alpha, weight, bias, lengths, eps, variance_eps);
-    const Tensor dense_grad_output = checked(grad_output, "grad_output", sizes_of(input), a.dtype);
-    const Tensor dense_mean = checked(mean, "mean", {a.C}, a.dtype), dense_var = checked(var, "var", {a.C}, a.dtype);
-    const Tensor grad_input = empty(sizes_of(input), a.dtype), grad_alpha = empty({a.C}, a.dtype);
-    const Tensor grad_weight = empty({a.C}, a.dtype), grad_bias = empty({a.C}, a.dtype);
-    const Tensor columns = empty({4, a.C}, a.dtype), feedback = empty({2, a.C}, a.dtype);
-    with_floating_type(a.dtype, "input", [&](auto zero) {
-        using T = decltype(zero);
-        DiceBackward<T> p{problem<T>(a)};
+    const DiceArguments a = read_dice_arguments(input, alpha, weight, bias, lengths, eps, variance_eps);
+    const Tensor dense_grad_output = checked(grad_output, "grad_output", a.sizes(), a.dtype);
+    const Tensor dense_mean = a.columns(mean, "mean"), dense_var = a.columns(var, "var");
+    const std::vector<int64_t> steps = read_lengths(lengths, a.B, a.T);
+    const DiceGradients grads(a, [](const std::vector<int64_t>& sizes, ScalarType dtype) { return empty(sizes, dtype); });
+    with_storage_type(a.dtype, "input", [&](auto zero) {
+        using S = decltype(zero);
+        using T = Compute<S>;
+        DiceBackward<S> p{problem<S>(a, steps)};
+        const Tensor columns = columns_of(p, 4, a), feedback = columns_of(p, 2, a);
         const Tensor sums = zeros({std::max<int64_t>(p.blocks(), 1), 3, a.C}, ScalarType::Double);
         p.columns = mutable_pointer<T>(columns);
         p.var = pointer<T>(dense_var);
-        p.grad_output = pointer<T>(dense_grad_output);
+        p.grad_output = pointer<S>(dense_grad_output);
         p.batch_statistics = batch_statistics;
         p.sums = mutable_pointer<double>(sums);
         p.feedback = mutable_pointer<T>(feedback);
-        p.grad_input = mutable_pointer<T>(grad_input);
-        p.grad_alpha = mutable_pointer<T>(grad_alpha);
-        p.grad_weight = mutable_pointer<T>(grad_weight);
-        p.grad_bias = mutable_pointer<T>(grad_bias);
+        p.grad_input = mutable_pointer<S>(grads.input);
+        p.grad_alpha = mutable_pointer<T>(grads.alpha);
+        p.grad_weight = mutable_pointer<T>(grads.weight);
+        p.grad_bias = mutable_pointer<T>(grads.bias);
         cpu::with_capability([&](auto target) {
-            cpu::dice_prepare<target(), T>(p, pointer<T>(dense_mean), p.var);
+            cpu::dice_prepare<target(), S>(p, pointer<T>(dense_mean), p.var);
             parallel_ranges(p.blocks(), [&](int64_t begin, int64_t end) { cpu::dice_sums<target()>(p, begin, end); });
             cpu::dice_reduce<target()>(p);
             parallel_ranges(p.blocks(), [&](int64_t begin, int64_t end) { cpu::dice_backward<target()>(p, begin, end); });
         });
     });
-    const Tensor absent = empty({0}, a.dtype);
-    return {grad_input, grad_alpha, weight.has_value() ? grad_weight : absent, bias.has_value() ? grad_bias : absent};
+    return grads.of(a);
 }
 
 }  // namespace

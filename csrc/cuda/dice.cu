@@ -1,0 +1,616 @@
+// SPDX-License-Identifier: Apache-2.0
+// Dice (DIN eq. 9) over a [B, T, C] tensor with padding, or an [N, C] matrix as its special case. Contracts: dice.h.
+//
+// Bound by memory. With batch statistics the input is read twice forward (moments, output) and, with the output's gradient,
+// twice backward (sums, gradient): 3 and 5 tensors' bytes over the bandwidth, 3.35 TB/s on an H100. Fixed statistics: 2
+// forward, in one launch. The gate p is computed anew in every phase: a sigmoid is some 20 instructions, and the chip does 35
+// for each value of 16 bits that it reads and writes.
+//
+// Who does what: a thread takes as many neighbouring columns as 16 bytes hold (one, where C is no multiple of that or a tensor
+// is not aligned) and goes down rows. The threads of a block that take the columns of one row lie side by side, so a block's
+// accesses are whole rows, and as many rows at once as fit. To keep memory busy for its latency of some 700 ns, 18 KB must be
+// under way on each of the 132 multiprocessors: a thread loads kAhead rows before it uses the first, so that 512 resident
+// threads with 4 x 16 bytes each have 32 KB under way.
+//
+// Sums are of Compute<S> over at most kMostRows rows of a thread, then of double: over the threads of a block by halves,
+// through shared memory, and over the blocks ("parts") by a second launch with a block for each column. The order follows from
+// the sizes alone. Moments are sums of distances from the thread's first row, joined as mean and deviation (Chan, Golub,
+// LeVeque 1979): a large mean costs no precision.
+#include "cuda/dice.h"
+
+#include "cuda/elements.cuh"
+
+namespace dien_ops::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMostRows = 64;  // of a thread in a block
+constexpr int kLeastRows = 8;
+constexpr int64_t kEnoughBlocks = 2112;  // 16 for each multiprocessor of an H100: above this, threads take more rows each
+
+// How many rows a thread loads before it uses the first.
+template <int kColumns>
+constexpr int kAhead = kColumns == 1 ? 8 : 4;
+
+template <typename S>
+using Gate = std::conditional_t<sizeof(S) == 2, HalfMath<S>, ExactMath<S>>;
+
+// Where the threads of a launch stand.
+struct Tiling {
+    int64_t rows, steps, channels;
+    int64_t packs;                         // of a row: the columns that a thread takes together are one
+    int packs_per_block;                   // at most kThreads
+    int rows_per_step;                     // that a block takes at once
+    int64_t rows_per_part, parts, chunks;  // blocks along the rows and along the columns
+    int64_t row_steps, row_sequences;      // rows_per_step as sequences and steps: T row_sequences + row_steps
+
+    Grid grid(int64_t shared_bytes = 0) const { return {parts * chunks, 1, 1, kThreads, shared_bytes}; }
+};
+
+template <typename S>
+Tiling tiling(const DiceProblem<S>& p, int columns) {
+    Tiling t = {};
+    t.rows = p.rows(), t.steps = p.steps > 0 ? p.steps : 1, t.channels = p.channels;
+    if (t.channels == 0) return t;
+    t.packs = t.channels / columns;
+    t.packs_per_block = static_cast<int>(t.packs < kThreads ? t.packs : kThreads);
+    t.chunks = divide_up<int64_t>(t.packs, t.packs_per_block);
+    t.rows_per_step = kThreads / t.packs_per_block;
+    int64_t rows_of_thread = divide_up(t.rows * t.chunks, kEnoughBlocks * t.rows_per_step);
+    rows_of_thread = rows_of_thread < kLeastRows ? kLeastRows : rows_of_thread < kMostRows ? rows_of_thread : kMostRows;
+    t.rows_per_part = rows_of_thread * t.rows_per_step;
+    t.parts = t.rows > 0 ? divide_up(t.rows, t.rows_per_part) : 1;  // one without rows still writes what it has of columns
+    t.row_steps = t.rows_per_step % t.steps, t.row_sequences = t.rows_per_step / t.steps;
+    return t;
+}
+
+// A thread's place: its columns, and its rows one by one.
+template <int kColumns>
+struct Place {
+    int pack, y;   // of the block: its pack and its row of those that the block takes at once
+    bool present;  // there is such a row and such a pack
+    int64_t part, column;
+    int64_t row, end;
+    int64_t b, t;  // row = b * T + t
+
+    DIEN_OPS_DEVICE explicit Place(const Tiling& l) {
+        pack = thread_index() % l.packs_per_block, y = thread_index() / l.packs_per_block;
+        part = block_index() / l.chunks;
+        const int64_t of_row = block_index() % l.chunks * l.packs_per_block + pack;
+        present = y < l.rows_per_step && of_row < l.packs;
+        column = present ? of_row * kColumns : 0;
+        row = part * l.rows_per_part + y;
+        const int64_t stop = (part + 1) * l.rows_per_part;
+        end = present ? (stop < l.rows ? stop : l.rows) : 0;
+        b = row / l.steps, t = row % l.steps;
+    }
+    DIEN_OPS_DEVICE bool is_row() const { return row < end; }
+    DIEN_OPS_DEVICE bool is_valid(const gmem<const int64_t>& lengths) const {
+        return is_row() && (!lengths || t < lengths.ld(b));
+    }
+    DIEN_OPS_DEVICE int64_t index(const Tiling& l) const { return row * l.channels + column; }
+    DIEN_OPS_DEVICE void advance(const Tiling& l) {
+        row += l.rows_per_step, b += l.row_sequences, t += l.row_steps;
+        if (t >= l.steps) t -= l.steps, ++b;
+    }
+};
+
+// One value of each of the thread's columns.
+template <typename T, int kColumns>
+struct Values {
+    T v[kColumns];
+};
+
+template <int kColumns, typename S>
+DIEN_OPS_DEVICE Values<Compute<S>, kColumns> unpacked(const Pack<S, kColumns>& pack) {
+    Values<Compute<S>, kColumns> values;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) values.v[i] = to_compute(pack.v[i]);
+    return values;
+}
+
+// Calls f(index, valid, numbers of tensor 0, of tensor 1 ..) for each of the thread's rows; padding has zeros.
+template <int kColumns, typename S, typename F, typename... More>
+DIEN_OPS_DEVICE void for_rows(Place<kColumns> place, const Tiling& l, const gmem<const int64_t>& lengths, const F& f,
+                              const gmem<const S>& first, const More&... more) {
+    constexpr int kTensors = 1 + sizeof...(More), kRows = kAhead<kColumns> / kTensors;
+    const gmem<const S> tensors[] = {first, more...};
+    while (place.is_row()) {
+        Pack<S, kColumns> loaded[kRows][kTensors];
+        bool is_row[kRows], valid[kRows];
+        int64_t index[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            is_row[i] = place.is_row(), valid[i] = place.is_valid(lengths), index[i] = place.index(l);
+#pragma unroll
+            for (int k = 0; k < kTensors; ++k) loaded[i][k] = tensors[k].template ld_if<Pack<S, kColumns>>(valid[i], index[i]);
+            place.advance(l);
+        }
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            if (!is_row[i]) continue;
+            if constexpr (kTensors == 1) f(index[i], valid[i], unpacked(loaded[i][0]));
+            if constexpr (kTensors == 2) f(index[i], valid[i], unpacked(loaded[i][0]), unpacked(loaded[i][1]));
+        }
+    }
+}
+
+template <int kColumns, typename S>
+DIEN_OPS_DEVICE void store(const gmem<S>& to, int64_t index, const Values<Compute<S>, kColumns>& values) {
+    Pack<S, kColumns> pack;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) pack.v[i] = to_storage<S>(values.v[i]);
+    to.st_as(index, pack);
+}
+
+// -------------------------------------------------------------------------------------------------------------- sums
+
+// Numbers that are joined, in double: count values, their mean and the sum of their squared deviations.
+struct Moments {
+    static constexpr int kNumbers = 3;
+    double v[kNumbers];  // count, mean, deviation
+
+    DIEN_OPS_DEVICE void join(const Moments& other) {
+        const double count = v[0] + other.v[0];
+        if (count == 0) return;
+        const double share = other.v[0] / count, delta = other.v[1] - v[1];
+        v[1] += delta * share;
+        v[2] += other.v[2] + delta * delta * (v[0] * share);
+        v[0] = count;
+    }
+};
+
+// A count of rows; the sums of the gradient of alpha, of g_logit and of g_logit (s - E).
+struct Sums {
+    static constexpr int kNumbers = 4;
+    double v[kNumbers];
+
+    DIEN_OPS_DEVICE void join(const Sums& other) {
+#pragma unroll
+        for (int k = 0; k < kNumbers; ++k) v[k] += other.v[k];
+    }
+};
+
+// Bytes that join_rows needs: at most half of the block's rows hand theirs on at a time.
+template <typename Joined, int kColumns>
+int64_t join_bytes(const Tiling& l) {
+    return arena_bytes<double>(int64_t(l.rows_per_step / 2) * l.packs_per_block * kColumns * Joined::kNumbers);
+}
+
+// Joins what the threads of the same columns have, always the same rows with the same: those of row 0 have all of it then.
+template <typename Joined, int kColumns>
+DIEN_OPS_DEVICE void join_rows(Joined (&mine)[kColumns], const Place<kColumns>& place, const Tiling& l) {
+    constexpr int kNumbers = Joined::kNumbers;
+    Arena arena;
+    const int width = l.packs_per_block * kColumns, rows = l.rows_per_step;
+    const view<double> shared = arena.take<double>(rows / 2 * width * kNumbers, "joined rows");
+    int half = 1;
+    while (2 * half < rows) half *= 2;
+    for (; half > 0; half /= 2) {
+        const auto at = [&](int row, int i, int k) { return (k * (rows / 2) + row) * width + place.pack * kColumns + i; };
+        if (place.y >= half && place.y < 2 * half && place.y < rows) {
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) {
+#pragma unroll
+                for (int k = 0; k < kNumbers; ++k) shared.st(at(place.y - half, i, k), mine[i].v[k]);
+            }
+        }
+        sync_block();
+        if (place.y < half && place.y + half < rows) {
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) {
+                Joined other;
+#pragma unroll
+                for (int k = 0; k < kNumbers; ++k) other.v[k] = shared.ld(at(place.y, i, k));
+                mine[i].join(other);
+            }
+        }
+        sync_block();
+    }
+}
+
+// partial [kNumbers, C, parts] = what the block has of its part.
+template <typename Joined, int kColumns>
+DIEN_OPS_DEVICE void store_part(const gmem<double>& partial, const Joined (&mine)[kColumns], const Place<kColumns>& place,
+                                const Tiling& l) {
+    if (!place.present || place.y != 0) return;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+#pragma unroll
+        for (int k = 0; k < Joined::kNumbers; ++k) {
+            partial.st((k * l.channels + place.column + i) * l.parts + place.part, mine[i].v[k]);
+        }
+    }
+}
+
+// All parts of the block's column, in an order that their number fixes; thread 0 has the result.
+template <typename Joined>
+DIEN_OPS_DEVICE Joined join_parts(const gmem<const double>& partial, int64_t channels, int64_t parts) {
+    constexpr int kNumbers = Joined::kNumbers;
+    Arena arena;
+    const view<double> shared = arena.take<double>(kThreads / kWarp * kNumbers, "joined warps");
+    const int64_t column = block_index();
+    Joined mine = {};
+    for (int64_t part = thread_index(); part < parts; part += kThreads) {
+        Joined other;
+#pragma unroll
+        for (int k = 0; k < kNumbers; ++k) other.v[k] = partial.ld((k * channels + column) * parts + part);
+        mine.join(other);
+    }
+#pragma unroll
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+        Joined other;
+#pragma unroll
+        for (int k = 0; k < kNumbers; ++k) other.v[k] = shuffle_xor(mine.v[k], mask);
+        mine.join(other);
+    }
+    if (lane_index() == 0) {
+#pragma unroll
+        for (int k = 0; k < kNumbers; ++k) shared.st(warp_index() * kNumbers + k, mine.v[k]);
+    }
+    sync_block();
+    if (thread_index() == 0) {
+        for (int warp = 1; warp < kThreads / kWarp; ++warp) {
+            Joined other;
+#pragma unroll
+            for (int k = 0; k < kNumbers; ++k) other.v[k] = shared.ld(warp * kNumbers + k);
+            mine.join(other);
+        }
+    }
+    return mine;
+}
+
+template <typename Joined>
+Grid join_grid(int64_t channels) {
+    return {channels, 1, 1, kThreads, arena_bytes<double>(kThreads / kWarp * Joined::kNumbers)};
+}
+
+// ----------------------------------------------------------------------------------------------------------- moments
+
+template <typename S, int kColumns>
+DIEN_OPS_KERNEL(kThreads)
+void part_moments(Tiling l, gmem<const int64_t> lengths, gmem<const S> input, gmem<double> partial) {
+    using T = Compute<S>;
+    const Place<kColumns> place(l);
+    Values<T, kColumns> pivot = {}, sum = {}, square = {};
+    int count = 0;
+    for_rows<kColumns>(
+        place, l, lengths,
+        [&](int64_t, bool valid, const Values<T, kColumns>& s) {
+            if (!valid) return;
+            if (count == 0) pivot = s;
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) {
+                const T d = s.v[i] - pivot.v[i];
+                sum.v[i] += d;
+                square.v[i] += d * d;
+            }
+            ++count;
+        },
+        input);
+    Moments mine[kColumns];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+        const double offset = count > 0 ? double(sum.v[i]) / count : 0, deviation = square.v[i] - sum.v[i] * offset;
+        mine[i] = {{double(count), pivot.v[i] + offset, deviation < 0 ? 0 : deviation}};
+    }
+    join_rows(mine, place, l);
+    store_part(partial, mine, place, l);
+}
+
+template <typename T>
+DIEN_OPS_KERNEL(kThreads)
+void join_moments(gmem<const double> partial, int64_t channels, int64_t parts, gmem<T> mean, gmem<T> var) {
+    const Moments all = join_parts<Moments>(partial, channels, parts);
+    if (thread_index() != 0) return;
+    mean.st(block_index(), T(all.v[1]));
+    var.st(block_index(), all.v[0] > 0 ? T(all.v[2] / all.v[0]) : T(0));
+}
+
+// ----------------------------------------------------------------------------------------------- the gate, its gradient
+
+template <typename T>
+struct Columns {
+    gmem<const T> mean, var, alpha, weight, bias;
+    DiceEps eps;
+
+    template <typename S>
+    explicit Columns(const DiceProblem<S>& p)
+        : mean(p.mean, p.channels, "mean"),
+          var(p.var, p.channels, "var"),
+          alpha(p.alpha, p.channels, "alpha"),
+          weight(p.weight, p.channels, "weight"),
+          bias(p.bias, p.channels, "bias"),
+          eps(p.eps) {}
+};
+
+// What a thread knows of its columns.
+template <typename T, int kColumns>
+struct OfColumns {
+    Values<T, kColumns> mean, scale, bias, alpha;
+};
+
+template <typename T>
+int64_t columns_bytes(const Tiling& l, int columns) {
+    return arena_bytes<T>(int64_t(l.packs_per_block) * columns);
+}
+
+// The block computes the scale of each column once: a root and a quotient in double.
+template <int kColumns, typename T>
+DIEN_OPS_DEVICE OfColumns<T, kColumns> read_columns(Arena& arena, const Columns<T>& from, const Place<kColumns>& place,
+                                                    const Tiling& l) {
+    const int width = l.packs_per_block * kColumns;
+    const view<T> scale = arena.take<T>(width, "scale");
+    const int64_t first = block_index() % l.chunks * width;
+    for (int i = thread_index(); i < width; i += kThreads) {
+        const int64_t c = first + i;
+        if (c >= l.channels) continue;
+        scale.st(i, T((from.weight ? from.weight.ld(c) : T(1)) / from.eps.divisor(from.var.ld(c))));
+    }
+    sync_block();
+    OfColumns<T, kColumns> columns = {};
+    if (!place.present) return columns;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+        const int64_t c = place.column + i;
+        columns.mean.v[i] = from.mean.ld(c);
+        columns.scale.v[i] = scale.ld(place.pack * kColumns + i);
+        columns.bias.v[i] = from.bias ? from.bias.ld(c) : T(0);
+        columns.alpha.v[i] = from.alpha.ld(c);
+    }
+    return columns;
+}
+
+template <typename S, int kColumns>
+DIEN_OPS_KERNEL(kThreads)
+void apply(Tiling l, gmem<const int64_t> lengths, Columns<Compute<S>> from, gmem<const S> input, gmem<S> output,
+           gmem<Compute<S>> mean, gmem<Compute<S>> var) {
+    using T = Compute<S>;
+    Arena arena;
+    const Place<kColumns> place(l);
+    const OfColumns<T, kColumns> of = read_columns(arena, from, place, l);
+    if (mean && place.present && place.part == 0 && place.y == 0) {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+            mean.st(place.column + i, of.mean.v[i]);
+            var.st(place.column + i, from.var.ld(place.column + i));
+        }
+    }
+    for_rows<kColumns>(
+        place, l, lengths,
+        [&](int64_t index, bool valid, const Values<T, kColumns>& s) {
+            Values<T, kColumns> y = {};
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) {
+                const T p = Gate<S>::sigmoid(of.scale.v[i] * (s.v[i] - of.mean.v[i]) + of.bias.v[i]);
+                y.v[i] = valid ? dice_value(s.v[i], p, of.alpha.v[i]) : T(0);
+            }
+            store<kColumns>(output, index, y);
+        },
+        input);
+}
+
+template <typename S, int kColumns>
+DIEN_OPS_KERNEL(kThreads)
+void part_sums(Tiling l, gmem<const int64_t> lengths, Columns<Compute<S>> from, gmem<const S> input, gmem<const S> grad_output,
+               gmem<double> partial) {
+    using T = Compute<S>;
+    const Place<kColumns> place(l);
+    Sums mine[kColumns];
+    {
+        Arena arena;
+        const OfColumns<T, kColumns> of = read_columns(arena, from, place, l);
+        sync_block();  // its memory is join_rows' next
+        Values<T, kColumns> alpha = {}, logit = {}, centered = {};
+        int count = 0;
+        for_rows<kColumns>(
+            place, l, lengths,
+            [&](int64_t, bool valid, const Values<T, kColumns>& s, const Values<T, kColumns>& g) {
+                if (!valid) return;
+#pragma unroll
+                for (int i = 0; i < kColumns; ++i) {
+                    const T distance = s.v[i] - of.mean.v[i];
+                    const T p = Gate<S>::sigmoid(of.scale.v[i] * distance + of.bias.v[i]);
+                    const T g_logit = dice_logit_gradient(g.v[i], s.v[i], p, of.alpha.v[i]);
+                    alpha.v[i] += g.v[i] * dice_slope_of_alpha(s.v[i], p);
+                    logit.v[i] += g_logit;
+                    centered.v[i] += g_logit * distance;
+                }
+                ++count;
+            },
+            input, grad_output);
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+            mine[i] = {{double(count), double(alpha.v[i]), double(logit.v[i]), double(centered.v[i])}};
+        }
+    }
+    join_rows(mine, place, l);
+    store_part(partial, mine, place, l);
+}
+
+// The gradients of alpha, weight and bias; feedback [2, C].
+template <typename T>
+struct ColumnGradients {
+    gmem<T> alpha, weight, bias, feedback;
+};
+
+template <typename T>
+DIEN_OPS_KERNEL(kThreads)
+void join_sums(gmem<const double> partial, int64_t channels, int64_t parts, Columns<T> from, ColumnGradients<T> to) {
+    const Sums all = join_parts<Sums>(partial, channels, parts);
+    if (thread_index() != 0) return;
+    const int64_t c = block_index();
+    const double count = all.v[0], var = from.var.ld(c), root = from.eps.root(var), divisor = from.eps.divisor(var);
+    to.alpha.st(c, T(all.v[1]));
+    to.bias.st(c, T(all.v[2]));
+    to.weight.st(c, T(all.v[3] / divisor));
+    // A column without deviation has no derivative there, as in reference.py: its pull is 0.
+    const T scale = T((from.weight ? from.weight.ld(c) : T(1)) / divisor);
+    to.feedback.st(c, count > 0 ? T(all.v[2] / count) : T(0));
+    to.feedback.st(channels + c, count > 0 && root > 0 ? T(double(scale) / divisor / root * (all.v[3] / count)) : T(0));
+}
+
+template <typename S, int kColumns>
+DIEN_OPS_KERNEL(kThreads)
+void input_gradient(Tiling l, gmem<const int64_t> lengths, Columns<Compute<S>> from, gmem<const Compute<S>> feedback,
+                    gmem<const S> input, gmem<const S> grad_output, gmem<S> grad_input) {
+    using T = Compute<S>;
+    Arena arena;
+    const Place<kColumns> place(l);
+    const OfColumns<T, kColumns> of = read_columns(arena, from, place, l);
+    Values<T, kColumns> mean_g_logit = {}, pull = {};
+    if (place.present && feedback) {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+            mean_g_logit.v[i] = feedback.ld(place.column + i);
+            pull.v[i] = feedback.ld(l.channels + place.column + i);
+        }
+    }
+    for_rows<kColumns>(
+        place, l, lengths,
+        [&](int64_t index, bool valid, const Values<T, kColumns>& s, const Values<T, kColumns>& g) {
+            Values<T, kColumns> grad = {};
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) {
+                const T distance = s.v[i] - of.mean.v[i];
+                const T p = Gate<S>::sigmoid(of.scale.v[i] * distance + of.bias.v[i]);
+                const T g_logit = dice_logit_gradient(g.v[i], s.v[i], p, of.alpha.v[i]);
+                const T d =
+                    dice_gradient(g.v[i], g_logit, p, of.alpha.v[i], of.scale.v[i], distance, mean_g_logit.v[i], pull.v[i]);
+                grad.v[i] = valid ? d : T(0);
+            }
+            store<kColumns>(grad_input, index, grad);
+        },
+        input, grad_output);
+}
+
+// ------------------------------------------------------------------------------------------------------------ launches
+
+template <typename S>
+constexpr int kWide = 16 / sizeof(S);
+
+template <typename... P>
+bool all_aligned(const P*... pointers) {
+    return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+// Calls f with the columns that a thread takes, as a constant: kWide, where every row of every tensor begins at a multiple of
+// 16 bytes.
+template <typename S, typename F, typename... P>
+void with_columns(const DiceProblem<S>& p, F&& f, const P*... tensors) {
+    if (p.channels % kWide<S> == 0 && all_aligned(tensors...)) {
+        f(std::integral_constant<int, kWide<S>>{});
+    } else {
+        f(std::integral_constant<int, 1>{});
+    }
+}
+
+template <typename S>
+gmem<const int64_t> lengths_of(const DiceProblem<S>& p) {
+    return {p.lengths, p.batch, "lengths"};
+}
+
+template <typename S>
+gmem<S> tensor(S* data, int64_t rows, int64_t channels, const char* name) {
+    return {data, rows * channels, name};
+}
+
+// The more of both tilings: which of them it is depends on pointers too.
+template <typename S>
+int64_t most_parts(const DiceProblem<S>& p) {
+    const int64_t narrow = tiling(p, 1).parts;
+    const int64_t wide = p.channels % kWide<S> == 0 ? tiling(p, kWide<S>).parts : 0;
+    return narrow > wide ? narrow : wide;
+}
+
+}  // namespace
+
+template <typename S>
+int64_t dice_moments_partial(const DiceProblem<S>& p) {
+    return Moments::kNumbers * p.channels * most_parts(p);
+}
+
+template <typename S>
+int64_t dice_sums_partial(const DiceProblem<S>& p) {
+    return Sums::kNumbers * p.channels * most_parts(p);
+}
+
+template <typename S>
+void dice_moments(Stream stream, const DiceProblem<S>& p, double* partial, Compute<S>* mean, Compute<S>* var) {
+    using T = Compute<S>;
+    const gmem<double> parts(partial, dice_moments_partial(p), "partial moments");
+    const auto input = tensor(p.input, p.rows(), p.channels, "input");
+    const auto run = [&](auto columns) {
+        constexpr int kColumns = columns();
+        const Tiling l = tiling(p, kColumns);
+        launch("dice_part_moments", part_moments<S, kColumns>, l.grid(join_bytes<Moments, kColumns>(l)), stream, l,
+               lengths_of(p), input, parts);
+        launch("dice_join_moments", join_moments<T>, join_grid<Moments>(p.channels), stream, gmem<const double>(parts),
+               p.channels, l.parts, gmem<T>(mean, p.channels, "mean"), gmem<T>(var, p.channels, "var"));
+    };
+    with_columns(p, run, p.input);
+}
+
+template <typename S>
+void dice_forward(Stream stream, const DiceProblem<S>& p, S* output, Compute<S>* mean, Compute<S>* var) {
+    using T = Compute<S>;
+    const auto run = [&](auto columns) {
+        constexpr int kColumns = columns();
+        const Tiling l = tiling(p, kColumns);
+        launch("dice_apply", apply<S, kColumns>, l.grid(columns_bytes<T>(l, kColumns)), stream, l, lengths_of(p), Columns<T>(p),
+               tensor(p.input, p.rows(), p.channels, "input"), tensor(output, p.rows(), p.channels, "output"),
+               gmem<T>(mean, p.channels, "used mean"), gmem<T>(var, p.channels, "used var"));
+    };
+    with_columns(p, run, p.input, output);
+}
+
+template <typename S>
+void dice_sums(Stream stream, const DiceBackward<S>& p) {
+    using T = Compute<S>;
+    const gmem<double> parts(p.partial, dice_sums_partial<S>(p), "partial sums");
+    const auto run = [&](auto columns) {
+        constexpr int kColumns = columns();
+        const Tiling l = tiling<S>(p, kColumns);
+        const int64_t own = columns_bytes<T>(l, kColumns), joined = join_bytes<Sums, kColumns>(l);
+        launch("dice_part_sums", part_sums<S, kColumns>, l.grid(own > joined ? own : joined), stream, l, lengths_of<S>(p),
+               Columns<T>(p), tensor(p.input, p.rows(), p.channels, "input"),
+               tensor(p.grad_output, p.rows(), p.channels, "grad_output"), parts);
+        const ColumnGradients<T> to = {{p.grad_alpha, p.channels, "grad_alpha"},
+                                       {p.grad_weight, p.channels, "grad_weight"},
+                                       {p.grad_bias, p.channels, "grad_bias"},
+                                       {p.feedback, 2 * p.channels, "feedback"}};
+        launch("dice_join_sums", join_sums<T>, join_grid<Sums>(p.channels), stream, gmem<const double>(parts), p.channels,
+               l.parts, Columns<T>(p), to);
+    };
+    with_columns<S>(p, run, p.input, p.grad_output);
+}
+
+template <typename S>
+void dice_backward(Stream stream, const DiceBackward<S>& p) {
+    using T = Compute<S>;
+    const gmem<const T> feedback(p.batch_statistics ? p.feedback : nullptr, 2 * p.channels, "feedback");
+    const auto run = [&](auto columns) {
+        constexpr int kColumns = columns();
+        const Tiling l = tiling<S>(p, kColumns);
+        launch("dice_input_gradient", input_gradient<S, kColumns>, l.grid(columns_bytes<T>(l, kColumns)), stream, l,
+               lengths_of<S>(p), Columns<T>(p), feedback, tensor(p.input, p.rows(), p.channels, "input"),
+               tensor(p.grad_output, p.rows(), p.channels, "grad_output"),
+               tensor(p.grad_input, p.rows(), p.channels, "grad_input"));
+    };
+    with_columns<S>(p, run, p.input, p.grad_output, p.grad_input);
+}
+
+#define DIEN_OPS_INSTANTIATE(S)                                                                      \
+    template int64_t dice_moments_partial<S>(const DiceProblem<S>&);                                 \
+    template int64_t dice_sums_partial<S>(const DiceProblem<S>&);                                    \
+    template void dice_moments<S>(Stream, const DiceProblem<S>&, double*, Compute<S>*, Compute<S>*); \
+    template void dice_forward<S>(Stream, const DiceProblem<S>&, S*, Compute<S>*, Compute<S>*);      \
+    template void dice_sums<S>(Stream, const DiceBackward<S>&);                                      \
+    template void dice_backward<S>(Stream, const DiceBackward<S>&);
+DIEN_OPS_INSTANTIATE(float)
+DIEN_OPS_INSTANTIATE(double)
+DIEN_OPS_INSTANTIATE(BFloat16)
+DIEN_OPS_INSTANTIATE(Half)
+#undef DIEN_OPS_INSTANTIATE
+
+}  // namespace dien_ops::cuda
