@@ -407,8 +407,8 @@ class LocalActivationUnit(nn.Module):
             [x.bias for x in layers],
             activation=self.activation,
             alphas=[x.weight for x in prelus] + [x.alpha for x in dices],
-            running_means=[x.running_mean for x in dices],
-            running_vars=[x.running_var for x in dices],
+            running_means=[x.running_mean for x in dices if x.running_mean is not None],
+            running_vars=[x.running_var for x in dices if x.running_var is not None],
             training=training,
             softmax=self.softmax,
             scale=self.scale,
@@ -418,7 +418,8 @@ class LocalActivationUnit(nn.Module):
         )
         if training:
             for x in dices:
-                x.num_batches_tracked.add_(1)
+                if x.num_batches_tracked is not None:
+                    x.num_batches_tracked.add_(1)
         return result
 
     def _project(self, query: Tensor) -> Tensor:
@@ -452,6 +453,8 @@ class LocalActivationUnit(nn.Module):
                 expected, got = getattr(dices[0], name), getattr(dice, name)
                 if got != expected:
                     raise ValueError(f"activations[{i}] must have the {name} of activations[0], {expected}, got {got}")
+            if not dice.track_running_stats:
+                raise ValueError(f"activations[{i}] must be a Dice with track_running_stats=True")
             if dice.affine:
                 raise ValueError(
                     f"activations[{i}] must be a Dice with affine=False: the unit's has no weight and bias"
