@@ -142,10 +142,14 @@ def dice(
     statistic; their output and gradient are 0.
 
     Args:
-        input: ``[N, C]``, or ``[B, T, C]`` with C channels last; float32 or float64. Any strides.
-        alpha: ``[C]``, the slope where the gate is closed.
+        input: ``[N, C]``, or ``[B, T, C]`` with C channels last; float32, float64, bfloat16 or float16, on the CPU or a
+            CUDA device. Any strides. 16-bit input is computed in float32, and so are its statistics; under autocast
+            it is taken as it comes, like batch_norm's.
+        alpha: ``[C]``, the slope where the gate is closed. As weight and bias of the input's dtype, or float32 with
+            16-bit input.
         running_mean, running_var: ``[C]`` moving averages, both or neither; needed with ``training=False``. Of the
-            input's dtype, or float64.
+            input's dtype, or float64, or float32 with 16-bit input, which is what they should be there: small steps
+            are lost in 16 bits.
         weight, bias: ``[C]``, optional affine parameters; the paper has none.
         training: take the batch's statistics; else the moving averages.
         momentum: the weight of the newest batch in the moving averages, in 0..1: with 0 they never move, with 1 they
@@ -153,7 +157,7 @@ def dice(
         eps: finite and >= 0, is added to the standard deviation, as in the paper.
         variance_eps: finite and >= 0, is added to the variance, below the root, as in BatchNorm. With both 0 a constant
             channel gives NaN.
-        lengths: ``[B]`` int32 or int64, each in 0..T; with a ``[B, T, C]`` input only.
+        lengths: ``[B]`` int32 or int64 on the input's device, each in 0..T; with a ``[B, T, C]`` input only.
 
     Returns:
         The shape and dtype of ``input``.
@@ -162,7 +166,8 @@ def dice(
         TypeError: an argument is no Tensor, or momentum or eps no number.
         ValueError: a wrong rank or dtype, moving averages that are missing, momentum or eps out of range.
         RuntimeError: a wrong size or device, lengths outside 0..T, or, with ``training=True``, moving averages whose
-            elements share memory (an expanded tensor).
+            elements share memory (an expanded tensor). On CUDA nobody waits for the lengths' values: one outside 0..T
+            is a device-side assertion that names it.
 
         After an error the moving averages are as they were.
 
@@ -172,16 +177,19 @@ def dice(
     """
     _check_arguments(input, alpha, running_mean, running_var, weight, bias, lengths, training)
     check_options(momentum, eps, variance_eps)
+    dtype = _checks.compute_dtype(input.dtype)
+    alpha, weight, bias = alpha.to(dtype), *(None if x is None else x.to(dtype) for x in (weight, bias))
     output: Tensor
     if training:
         output, mean, var = torch.ops.dien_ops.dice(input, alpha, None, None, weight, bias, lengths, eps, variance_eps)
         if running_mean is not None and running_var is not None:
-            count = lengths.sum() if lengths is not None else torch.full((), input.shape[:-1].numel())
+            rows = input.shape[:-1].numel()
+            count = torch.full((), rows, device=input.device) if lengths is None else lengths.sum()
             update_running_statistics(running_mean, running_var, mean, var, count, momentum)
         return output
     if running_mean is None or running_var is None:
         raise ValueError("running_mean and running_var are needed where training=False, got None")
-    mean, var = running_mean.to(input.dtype), running_var.to(input.dtype)
+    mean, var = running_mean.to(dtype), running_var.to(dtype)
     output, _, _ = torch.ops.dien_ops.dice(input, alpha, mean, var, weight, bias, lengths, eps, variance_eps)
     return output
 
@@ -230,10 +238,10 @@ def _check_arguments(
     lengths: Tensor | None,
     training: bool,
 ) -> None:
-    _checks.supported("input", input)
+    _checks.supported("input", input, _checks.ANY_PRECISION, cuda_kernels=True)
     _checks.rank("input", input, 2, 3)
     _checks.tensor("alpha", alpha)
-    _checks.matches("input", input, alpha=alpha, weight=weight, bias=bias)
+    _checks.parameters("input", input, alpha=alpha, weight=weight, bias=bias)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given together, got one of them")
     for name, value in (("alpha", alpha), ("weight", weight), ("bias", bias)):
@@ -255,7 +263,20 @@ class Dice(nn.Module):
     In training mode the statistics are the batch's, in evaluation mode the moving averages: what a row is scored then
     does not depend on the rest of its batch. Parameter ``alpha`` [C] starts at 0; ``weight`` [C] and ``bias`` [C]
     exist with ``affine=True`` and start at 1 and 0. Buffers ``running_mean`` (0), ``running_var`` (1) and
-    ``num_batches_tracked`` are those of :class:`torch.nn.BatchNorm1d`.
+    ``num_batches_tracked`` are those of :class:`torch.nn.BatchNorm1d`, by name too.
+
+    Public code differs from the paper, and from each other. What gives the same numbers:
+
+    ===================  ==================================================================================
+    paper                ``Dice(C)``
+    authors' DIEN        ``Dice(C, eps=1e-9, variance_eps=1e-9, track_running_stats=False)``
+    authors' DIN         ``Dice(C, eps=0, variance_eps=1e-3, affine=True).eval()``, in training too: the moving
+                         averages stay 0 and 1; ``weight`` is its learned scale, which starts at 0, ``bias`` stays 0
+    DeepCTR-Torch        ``Dice(C, eps=0, variance_eps=1e-8, affine=True)``
+    FuxiCTR              ``Dice(C, eps=0, variance_eps=1e-9, momentum=0.01)``
+    ===================  ==================================================================================
+
+    The last two keep a ``BatchNorm1d`` named ``bn``: their checkpoints load without that prefix.
 
     Args:
         num_features: C >= 1, the size of the last axis.
@@ -263,9 +284,11 @@ class Dice(nn.Module):
         momentum: the weight of the newest batch in the moving averages, in 0..1. There is no ``None``, by which
             :class:`torch.nn.BatchNorm1d` means the average over all batches.
         affine: learn a scale and an offset of the gate's argument; not in the paper.
-        device, dtype: of the parameters and the moving averages.
+        device, dtype: of the parameters and the moving averages. float32 ones go with 16-bit input too.
         variance_eps: is added to the variance, below the root, as in BatchNorm. Finite and >= 0; where it and eps are 0
             a constant channel gives NaN.
+        track_running_stats: keep moving averages. Without them the buffers are None, and the statistics are the batch's
+            in evaluation mode too.
 
     Shapes: input [N, C], or [B, T, C] with lengths [B]; the output is shaped as the input.
 
@@ -279,9 +302,9 @@ class Dice(nn.Module):
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
 
     def __init__(
         self,
@@ -293,30 +316,35 @@ class Dice(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         variance_eps: float = 0.0,
+        track_running_stats: bool = True,
     ) -> None:
         super().__init__()
         _checks.size("num_features", num_features)
+        _checks.boolean("track_running_stats", track_running_stats)
         check_options(momentum, eps, variance_eps)
         factory = {"device": device, "dtype": dtype}
         self.num_features, self.eps, self.momentum, self.affine = num_features, eps, momentum, affine
-        self.variance_eps = variance_eps
+        self.variance_eps, self.track_running_stats = variance_eps, track_running_stats
         self.alpha = nn.Parameter(torch.empty(num_features, **factory))
         self.register_parameter("weight", nn.Parameter(torch.empty(num_features, **factory)) if affine else None)
         self.register_parameter("bias", nn.Parameter(torch.empty(num_features, **factory)) if affine else None)
-        self.register_buffer("running_mean", torch.empty(num_features, **factory))
-        self.register_buffer("running_var", torch.empty(num_features, **factory))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, torch.empty(num_features, **factory) if track_running_stats else None)
+        batches = torch.tensor(0, dtype=torch.long, device=device) if track_running_stats else None
+        self.register_buffer("num_batches_tracked", batches)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.alpha)
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
+        for tensor, value in (
+            (self.weight, 1),
+            (self.bias, 0),
+            (self.running_mean, 0),
+            (self.running_var, 1),
+            (self.num_batches_tracked, 0),
+        ):
+            if tensor is not None:
+                nn.init.constant_(tensor, value)
 
     def forward(self, input: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """Args: input ``[N, C]`` or ``[B, T, C]``; lengths ``[B]`` for the latter. Returns the shape of the input."""
@@ -327,16 +355,19 @@ class Dice(nn.Module):
             self.running_var,
             self.weight,
             self.bias,
-            training=self.training,
+            training=self.training or self.running_mean is None,
             momentum=self.momentum,
             eps=self.eps,
             variance_eps=self.variance_eps,
             lengths=lengths,
         )
-        if self.training:  # last: an error above must leave all buffers as they were
+        if (
+            self.training and self.num_batches_tracked is not None
+        ):  # last: an error above leaves all buffers as they were
             self.num_batches_tracked.add_(1)
         return output
 
     def extra_repr(self) -> str:
-        inside = f", variance_eps={self.variance_eps}" if self.variance_eps else ""
-        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}{inside}"
+        more = f", variance_eps={self.variance_eps}" if self.variance_eps else ""
+        more += ", track_running_stats=False" if not self.track_running_stats else ""
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}{more}"
