@@ -6,11 +6,12 @@
 // forward, in one launch. The gate p is computed anew in every phase: a sigmoid is some 20 instructions, and the chip does 35
 // for each value of 16 bits that it reads and writes.
 //
-// Who does what: a thread takes as many neighbouring columns as 16 bytes hold (one, where C is no multiple of that or a tensor
-// is not aligned) and goes down rows. The threads of a block that take the columns of one row lie side by side, so a block's
-// accesses are whole rows, and as many rows at once as fit. To keep memory busy for its latency of some 700 ns, 18 KB must be
-// under way on each of the 132 multiprocessors: a thread loads kAhead rows before it uses the first, so that 512 resident
-// threads with 4 x 16 bytes each have 32 KB under way.
+// Who does what: a thread takes as many neighbouring columns as 16 bytes hold (one, where C is no multiple of that) and goes
+// down rows. It loads and stores them as one where all tensors are aligned, else one by one. The threads of a block lie side
+// by side along a row, up to kMostPacks of them, and along as many rows at once as there are threads for.
+// To keep memory busy for its latency of some 700 ns, 18 KB must be
+// under way on each of the 132 multiprocessors. A thread loads 64 bytes before it uses the first (kAhead): the 512 threads, or
+// more, for which there are registers have 32 KB under way.
 //
 // Sums are of Compute<S> over at most kMostRows rows of a thread, then of double: over the threads of a block by halves,
 // through shared memory, and over the blocks ("parts") by a second launch with a block for each column. The order follows from
@@ -23,14 +24,14 @@
 namespace dien_ops::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kMostPacks = 64;
 constexpr int kMostRows = 64;  // of a thread in a block
 constexpr int kLeastRows = 8;
 constexpr int64_t kEnoughBlocks = 2112;  // 16 for each multiprocessor of an H100: above this, threads take more rows each
 
-// How many rows a thread loads before it uses the first.
-template <int kColumns>
-constexpr int kAhead = kColumns == 1 ? 8 : 4;
+// How many rows a thread loads before it uses the first: of all tensors together 64 bytes, if the rows are not too many.
+template <typename S, int kColumns>
+constexpr int kAhead = kColumns * sizeof(S) < 8 ? 8 : 64 / (kColumns * sizeof(S));
 
 template <typename S>
 using Gate = std::conditional_t<sizeof(S) == 2, HalfMath<S>, ExactMath<S>>;
@@ -39,7 +40,8 @@ using Gate = std::conditional_t<sizeof(S) == 2, HalfMath<S>, ExactMath<S>>;
 struct Tiling {
     int64_t rows, steps, channels;
     int64_t packs;                         // of a row: the columns that a thread takes together are one
-    int packs_per_block;                   // at most kThreads
+    bool aligned;                          // packs begin at multiples of their size
+    int packs_per_block;                   // at most kMostPacks
     int rows_per_step;                     // that a block takes at once
     int64_t rows_per_part, parts, chunks;  // blocks along the rows and along the columns
     int64_t row_steps, row_sequences;      // rows_per_step as sequences and steps: T row_sequences + row_steps
@@ -48,13 +50,13 @@ struct Tiling {
 };
 
 template <typename S>
-Tiling tiling(const DiceProblem<S>& p, int columns) {
+Tiling tiling(const DiceProblem<S>& p, int64_t columns) {
     Tiling t = {};
     t.rows = p.rows(), t.steps = p.steps > 0 ? p.steps : 1, t.channels = p.channels;
     if (t.channels == 0) return t;
     t.packs = t.channels / columns;
-    t.packs_per_block = static_cast<int>(t.packs < kThreads ? t.packs : kThreads);
-    t.chunks = divide_up<int64_t>(t.packs, t.packs_per_block);
+    t.chunks = divide_up<int64_t>(t.packs, kMostPacks);
+    t.packs_per_block = static_cast<int>(divide_up(t.packs, t.chunks));
     t.rows_per_step = kThreads / t.packs_per_block;
     int64_t rows_of_thread = divide_up(t.rows * t.chunks, kEnoughBlocks * t.rows_per_step);
     rows_of_thread = rows_of_thread < kLeastRows ? kLeastRows : rows_of_thread < kMostRows ? rows_of_thread : kMostRows;
@@ -109,11 +111,31 @@ DIEN_OPS_DEVICE Values<Compute<S>, kColumns> unpacked(const Pack<S, kColumns>& p
     return values;
 }
 
+// The numbers from `index` on where the condition holds, else zeros.
+template <int kColumns, typename S>
+DIEN_OPS_DEVICE Pack<S, kColumns> load(const gmem<const S>& from, bool condition, int64_t index, bool aligned) {
+    if (aligned) return from.template ld_if<Pack<S, kColumns>>(condition, index);
+    Pack<S, kColumns> pack;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) pack.v[i] = from.template ld_if<S>(condition, index + i);
+    return pack;
+}
+
+template <int kColumns, typename S>
+DIEN_OPS_DEVICE void store(const gmem<S>& to, int64_t index, bool aligned, const Values<Compute<S>, kColumns>& values) {
+    Pack<S, kColumns> pack;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) pack.v[i] = to_storage<S>(values.v[i]);
+    if (aligned) return to.st_as(index, pack);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) to.st(index + i, pack.v[i]);
+}
+
 // Calls f(index, valid, numbers of tensor 0, of tensor 1 ..) for each of the thread's rows; padding has zeros.
 template <int kColumns, typename S, typename F, typename... More>
 DIEN_OPS_DEVICE void for_rows(Place<kColumns> place, const Tiling& l, const gmem<const int64_t>& lengths, const F& f,
                               const gmem<const S>& first, const More&... more) {
-    constexpr int kTensors = 1 + sizeof...(More), kRows = kAhead<kColumns> / kTensors;
+    constexpr int kTensors = 1 + sizeof...(More), kRows = kAhead<S, kColumns> / kTensors;
     const gmem<const S> tensors[] = {first, more...};
     while (place.is_row()) {
         Pack<S, kColumns> loaded[kRows][kTensors];
@@ -123,7 +145,7 @@ DIEN_OPS_DEVICE void for_rows(Place<kColumns> place, const Tiling& l, const gmem
         for (int i = 0; i < kRows; ++i) {
             is_row[i] = place.is_row(), valid[i] = place.is_valid(lengths), index[i] = place.index(l);
 #pragma unroll
-            for (int k = 0; k < kTensors; ++k) loaded[i][k] = tensors[k].template ld_if<Pack<S, kColumns>>(valid[i], index[i]);
+            for (int k = 0; k < kTensors; ++k) loaded[i][k] = load<kColumns>(tensors[k], valid[i], index[i], l.aligned);
             place.advance(l);
         }
 #pragma unroll
@@ -133,14 +155,6 @@ DIEN_OPS_DEVICE void for_rows(Place<kColumns> place, const Tiling& l, const gmem
             if constexpr (kTensors == 2) f(index[i], valid[i], unpacked(loaded[i][0]), unpacked(loaded[i][1]));
         }
     }
-}
-
-template <int kColumns, typename S>
-DIEN_OPS_DEVICE void store(const gmem<S>& to, int64_t index, const Values<Compute<S>, kColumns>& values) {
-    Pack<S, kColumns> pack;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) pack.v[i] = to_storage<S>(values.v[i]);
-    to.st_as(index, pack);
 }
 
 // -------------------------------------------------------------------------------------------------------------- sums
@@ -385,7 +399,7 @@ void apply(Tiling l, gmem<const int64_t> lengths, Columns<Compute<S>> from, gmem
                 const T p = Gate<S>::sigmoid(of.scale.v[i] * (s.v[i] - of.mean.v[i]) + of.bias.v[i]);
                 y.v[i] = valid ? dice_value(s.v[i], p, of.alpha.v[i]) : T(0);
             }
-            store<kColumns>(output, index, y);
+            store<kColumns>(output, index, l.aligned, y);
         },
         input);
 }
@@ -479,7 +493,7 @@ void input_gradient(Tiling l, gmem<const int64_t> lengths, Columns<Compute<S>> f
                     dice_gradient(g.v[i], g_logit, p, of.alpha.v[i], of.scale.v[i], distance, mean_g_logit.v[i], pull.v[i]);
                 grad.v[i] = valid ? d : T(0);
             }
-            store<kColumns>(grad_input, index, grad);
+            store<kColumns>(grad_input, index, l.aligned, grad);
         },
         input, grad_output);
 }
@@ -489,20 +503,31 @@ void input_gradient(Tiling l, gmem<const int64_t> lengths, Columns<Compute<S>> f
 template <typename S>
 constexpr int kWide = 16 / sizeof(S);
 
+// Sums are three for each column: with those of 8 columns a thread has so many registers that too few threads fit.
+template <typename S>
+constexpr int kWideSums = kWide<S> < 4 ? kWide<S> : 4;
+
 template <typename... P>
 bool all_aligned(const P*... pointers) {
     return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
-// Calls f with the columns that a thread takes, as a constant: kWide, where every row of every tensor begins at a multiple of
-// 16 bytes.
-template <typename S, typename F, typename... P>
+// How many columns a thread takes: by the sizes alone, for the order of sums follows from it.
+template <typename S>
+int64_t columns_of_thread(const DiceProblem<S>& p, int most) {
+    return p.channels % kWide<S> == 0 ? most : 1;
+}
+
+// Calls f(columns, tiling) with the columns that a thread takes as a constant, at most kMost; `tensors` are what it loads and
+// stores.
+template <int kMost, typename S, typename F, typename... P>
 void with_columns(const DiceProblem<S>& p, F&& f, const P*... tensors) {
-    if (p.channels % kWide<S> == 0 && all_aligned(tensors...)) {
-        f(std::integral_constant<int, kWide<S>>{});
-    } else {
-        f(std::integral_constant<int, 1>{});
-    }
+    const auto run = [&](auto columns) {
+        Tiling l = tiling(p, columns());
+        l.aligned = columns() == 1 || all_aligned(tensors...);
+        f(columns, l);
+    };
+    columns_of_thread(p, kMost) > 1 ? run(std::integral_constant<int, kMost>{}) : run(std::integral_constant<int, 1>{});
 }
 
 template <typename S>
@@ -515,24 +540,16 @@ gmem<S> tensor(S* data, int64_t rows, int64_t channels, const char* name) {
     return {data, rows * channels, name};
 }
 
-// The more of both tilings: which of them it is depends on pointers too.
-template <typename S>
-int64_t most_parts(const DiceProblem<S>& p) {
-    const int64_t narrow = tiling(p, 1).parts;
-    const int64_t wide = p.channels % kWide<S> == 0 ? tiling(p, kWide<S>).parts : 0;
-    return narrow > wide ? narrow : wide;
-}
-
 }  // namespace
 
 template <typename S>
 int64_t dice_moments_partial(const DiceProblem<S>& p) {
-    return Moments::kNumbers * p.channels * most_parts(p);
+    return Moments::kNumbers * p.channels * tiling(p, columns_of_thread(p, kWide<S>)).parts;
 }
 
 template <typename S>
 int64_t dice_sums_partial(const DiceProblem<S>& p) {
-    return Sums::kNumbers * p.channels * most_parts(p);
+    return Sums::kNumbers * p.channels * tiling(p, columns_of_thread(p, kWideSums<S>)).parts;
 }
 
 template <typename S>
@@ -540,37 +557,34 @@ void dice_moments(Stream stream, const DiceProblem<S>& p, double* partial, Compu
     using T = Compute<S>;
     const gmem<double> parts(partial, dice_moments_partial(p), "partial moments");
     const auto input = tensor(p.input, p.rows(), p.channels, "input");
-    const auto run = [&](auto columns) {
+    const auto run = [&](auto columns, const Tiling& l) {
         constexpr int kColumns = columns();
-        const Tiling l = tiling(p, kColumns);
         launch("dice_part_moments", part_moments<S, kColumns>, l.grid(join_bytes<Moments, kColumns>(l)), stream, l,
                lengths_of(p), input, parts);
         launch("dice_join_moments", join_moments<T>, join_grid<Moments>(p.channels), stream, gmem<const double>(parts),
                p.channels, l.parts, gmem<T>(mean, p.channels, "mean"), gmem<T>(var, p.channels, "var"));
     };
-    with_columns(p, run, p.input);
+    with_columns<kWide<S>>(p, run, p.input);
 }
 
 template <typename S>
 void dice_forward(Stream stream, const DiceProblem<S>& p, S* output, Compute<S>* mean, Compute<S>* var) {
     using T = Compute<S>;
-    const auto run = [&](auto columns) {
+    const auto run = [&](auto columns, const Tiling& l) {
         constexpr int kColumns = columns();
-        const Tiling l = tiling(p, kColumns);
         launch("dice_apply", apply<S, kColumns>, l.grid(columns_bytes<T>(l, kColumns)), stream, l, lengths_of(p), Columns<T>(p),
                tensor(p.input, p.rows(), p.channels, "input"), tensor(output, p.rows(), p.channels, "output"),
                gmem<T>(mean, p.channels, "used mean"), gmem<T>(var, p.channels, "used var"));
     };
-    with_columns(p, run, p.input, output);
+    with_columns<kWide<S>>(p, run, p.input, output);
 }
 
 template <typename S>
 void dice_sums(Stream stream, const DiceBackward<S>& p) {
     using T = Compute<S>;
     const gmem<double> parts(p.partial, dice_sums_partial<S>(p), "partial sums");
-    const auto run = [&](auto columns) {
+    const auto run = [&](auto columns, const Tiling& l) {
         constexpr int kColumns = columns();
-        const Tiling l = tiling<S>(p, kColumns);
         const int64_t own = columns_bytes<T>(l, kColumns), joined = join_bytes<Sums, kColumns>(l);
         launch("dice_part_sums", part_sums<S, kColumns>, l.grid(own > joined ? own : joined), stream, l, lengths_of<S>(p),
                Columns<T>(p), tensor(p.input, p.rows(), p.channels, "input"),
@@ -582,22 +596,21 @@ void dice_sums(Stream stream, const DiceBackward<S>& p) {
         launch("dice_join_sums", join_sums<T>, join_grid<Sums>(p.channels), stream, gmem<const double>(parts), p.channels,
                l.parts, Columns<T>(p), to);
     };
-    with_columns<S>(p, run, p.input, p.grad_output);
+    with_columns<kWideSums<S>, S>(p, run, p.input, p.grad_output);
 }
 
 template <typename S>
 void dice_backward(Stream stream, const DiceBackward<S>& p) {
     using T = Compute<S>;
     const gmem<const T> feedback(p.batch_statistics ? p.feedback : nullptr, 2 * p.channels, "feedback");
-    const auto run = [&](auto columns) {
+    const auto run = [&](auto columns, const Tiling& l) {
         constexpr int kColumns = columns();
-        const Tiling l = tiling<S>(p, kColumns);
         launch("dice_input_gradient", input_gradient<S, kColumns>, l.grid(columns_bytes<T>(l, kColumns)), stream, l,
                lengths_of<S>(p), Columns<T>(p), feedback, tensor(p.input, p.rows(), p.channels, "input"),
                tensor(p.grad_output, p.rows(), p.channels, "grad_output"),
                tensor(p.grad_input, p.rows(), p.channels, "grad_input"));
     };
-    with_columns<S>(p, run, p.input, p.grad_output, p.grad_input);
+    with_columns<kWide<S>, S>(p, run, p.input, p.grad_output, p.grad_input);
 }
 
 #define DIEN_OPS_INSTANTIATE(S)                                                                      \
