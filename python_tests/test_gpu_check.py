@@ -17,6 +17,7 @@ import torch
 
 from bench import (
     bench_attention_cuda,
+    bench_dice_cuda,
     bench_gru_cuda,
     conftest,
     gpu,
@@ -381,6 +382,19 @@ def test_every_row_is_on_the_gpu_and_its_targets_are_against_somebody_who_takes_
         assert {t.against for t in targets} <= {*others, results.PER_SECOND}
         assert list(ours) == ["dien_ops"] and bench_gru_cuda.FROM_A_GRAPH in others
         assert all(problem.train for t in targets if t.against != results.PER_SECOND)
+
+
+def test_every_row_of_dice_is_on_the_gpu_and_its_targets_are_shares_of_the_copy():
+    bench = Asked()
+    for name in ("test_dice_training", "test_dice_training_forward", "test_dice_evaluation"):
+        test = getattr(bench_dice_cuda, name)
+        for parameters in test.pytestmark[0].args[1]:
+            test(bench, *parameters.values)
+    assert len({call[0] for call in bench.calls}) == len(bench.calls) == 3 * 2 * len(bench_dice_cuda.SHAPES)
+    for problem, ours, others, targets, _ in bench.calls:
+        assert problem.device == "cuda" and list(ours) == ["dien_ops"]
+        assert {t.against for t in targets} <= {results.COPY}
+        assert "F.batch_norm" in others and ("torch.compile" in others) <= problem.backward
 
 
 def test_compilations_stop_when_one_more_might_not_fit(monkeypatch):

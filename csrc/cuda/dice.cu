@@ -8,10 +8,10 @@
 //
 // Who does what: a thread takes as many neighbouring columns as 16 bytes hold (one, where C is no multiple of that) and goes
 // down rows. It loads and stores them as one where all tensors are aligned, else one by one. The threads of a block lie side
-// by side along a row, up to kMostPacks of them, and along as many rows at once as there are threads for.
-// To keep memory busy for its latency of some 700 ns, 18 KB must be
-// under way on each of the 132 multiprocessors. A thread loads 64 bytes before it uses the first (kAhead): the 512 threads, or
-// more, for which there are registers have 32 KB under way.
+// by side along a row, up to kMostPacks of them, and along as many rows at once as there are threads for. To keep memory busy
+// for its latency of some 700 ns, 18 KB must be under way on each of the 132 multiprocessors. A thread loads 64 bytes before
+// it uses the first (kAhead): the 512 threads, or more, for which there are registers have 32 KB under way. What is known of
+// the columns is read while a thread's first rows are.
 //
 // Sums are of Compute<S> over at most kMostRows rows of a thread, then of double: over the threads of a block by halves,
 // through shared memory, and over the blocks ("parts") by a second launch with a block for each column. The order follows from
@@ -19,143 +19,10 @@
 // LeVeque 1979): a large mean costs no precision.
 #include "cuda/dice.h"
 
-#include "cuda/elements.cuh"
+#include "cuda/dice_rows.cuh"
 
 namespace dien_ops::cuda {
 namespace {
-
-constexpr int kThreads = 256, kMostPacks = 64;
-constexpr int kMostRows = 64;  // of a thread in a block
-constexpr int kLeastRows = 8;
-constexpr int64_t kEnoughBlocks = 2112;  // 16 for each multiprocessor of an H100: above this, threads take more rows each
-
-// How many rows a thread loads before it uses the first: of all tensors together 64 bytes, if the rows are not too many.
-template <typename S, int kColumns>
-constexpr int kAhead = kColumns * sizeof(S) < 8 ? 8 : 64 / (kColumns * sizeof(S));
-
-template <typename S>
-using Gate = std::conditional_t<sizeof(S) == 2, HalfMath<S>, ExactMath<S>>;
-
-// Where the threads of a launch stand.
-struct Tiling {
-    int64_t rows, steps, channels;
-    int64_t packs;                         // of a row: the columns that a thread takes together are one
-    bool aligned;                          // packs begin at multiples of their size
-    int packs_per_block;                   // at most kMostPacks
-    int rows_per_step;                     // that a block takes at once
-    int64_t rows_per_part, parts, chunks;  // blocks along the rows and along the columns
-    int64_t row_steps, row_sequences;      // rows_per_step as sequences and steps: T row_sequences + row_steps
-
-    Grid grid(int64_t shared_bytes = 0) const { return {parts * chunks, 1, 1, kThreads, shared_bytes}; }
-};
-
-template <typename S>
-Tiling tiling(const DiceProblem<S>& p, int64_t columns) {
-    Tiling t = {};
-    t.rows = p.rows(), t.steps = p.steps > 0 ? p.steps : 1, t.channels = p.channels;
-    if (t.channels == 0) return t;
-    t.packs = t.channels / columns;
-    t.chunks = divide_up<int64_t>(t.packs, kMostPacks);
-    t.packs_per_block = static_cast<int>(divide_up(t.packs, t.chunks));
-    t.rows_per_step = kThreads / t.packs_per_block;
-    int64_t rows_of_thread = divide_up(t.rows * t.chunks, kEnoughBlocks * t.rows_per_step);
-    rows_of_thread = rows_of_thread < kLeastRows ? kLeastRows : rows_of_thread < kMostRows ? rows_of_thread : kMostRows;
-    t.rows_per_part = rows_of_thread * t.rows_per_step;
-    t.parts = t.rows > 0 ? divide_up(t.rows, t.rows_per_part) : 1;  // one without rows still writes what it has of columns
-    t.row_steps = t.rows_per_step % t.steps, t.row_sequences = t.rows_per_step / t.steps;
-    return t;
-}
-
-// A thread's place: its columns, and its rows one by one.
-template <int kColumns>
-struct Place {
-    int pack, y;   // of the block: its pack and its row of those that the block takes at once
-    bool present;  // there is such a row and such a pack
-    int64_t part, column;
-    int64_t row, end;
-    int64_t b, t;  // row = b * T + t
-
-    DIEN_OPS_DEVICE explicit Place(const Tiling& l) {
-        pack = thread_index() % l.packs_per_block, y = thread_index() / l.packs_per_block;
-        part = block_index() / l.chunks;
-        const int64_t of_row = block_index() % l.chunks * l.packs_per_block + pack;
-        present = y < l.rows_per_step && of_row < l.packs;
-        column = present ? of_row * kColumns : 0;
-        row = part * l.rows_per_part + y;
-        const int64_t stop = (part + 1) * l.rows_per_part;
-        end = present ? (stop < l.rows ? stop : l.rows) : 0;
-        b = row / l.steps, t = row % l.steps;
-    }
-    DIEN_OPS_DEVICE bool is_row() const { return row < end; }
-    DIEN_OPS_DEVICE bool is_valid(const gmem<const int64_t>& lengths) const {
-        return is_row() && (!lengths || t < lengths.ld(b));
-    }
-    DIEN_OPS_DEVICE int64_t index(const Tiling& l) const { return row * l.channels + column; }
-    DIEN_OPS_DEVICE void advance(const Tiling& l) {
-        row += l.rows_per_step, b += l.row_sequences, t += l.row_steps;
-        if (t >= l.steps) t -= l.steps, ++b;
-    }
-};
-
-// One value of each of the thread's columns.
-template <typename T, int kColumns>
-struct Values {
-    T v[kColumns];
-};
-
-template <int kColumns, typename S>
-DIEN_OPS_DEVICE Values<Compute<S>, kColumns> unpacked(const Pack<S, kColumns>& pack) {
-    Values<Compute<S>, kColumns> values;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) values.v[i] = to_compute(pack.v[i]);
-    return values;
-}
-
-// The numbers from `index` on where the condition holds, else zeros.
-template <int kColumns, typename S>
-DIEN_OPS_DEVICE Pack<S, kColumns> load(const gmem<const S>& from, bool condition, int64_t index, bool aligned) {
-    if (aligned) return from.template ld_if<Pack<S, kColumns>>(condition, index);
-    Pack<S, kColumns> pack;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) pack.v[i] = from.template ld_if<S>(condition, index + i);
-    return pack;
-}
-
-template <int kColumns, typename S>
-DIEN_OPS_DEVICE void store(const gmem<S>& to, int64_t index, bool aligned, const Values<Compute<S>, kColumns>& values) {
-    Pack<S, kColumns> pack;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) pack.v[i] = to_storage<S>(values.v[i]);
-    if (aligned) return to.st_as(index, pack);
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) to.st(index + i, pack.v[i]);
-}
-
-// Calls f(index, valid, numbers of tensor 0, of tensor 1 ..) for each of the thread's rows; padding has zeros.
-template <int kColumns, typename S, typename F, typename... More>
-DIEN_OPS_DEVICE void for_rows(Place<kColumns> place, const Tiling& l, const gmem<const int64_t>& lengths, const F& f,
-                              const gmem<const S>& first, const More&... more) {
-    constexpr int kTensors = 1 + sizeof...(More), kRows = kAhead<S, kColumns> / kTensors;
-    const gmem<const S> tensors[] = {first, more...};
-    while (place.is_row()) {
-        Pack<S, kColumns> loaded[kRows][kTensors];
-        bool is_row[kRows], valid[kRows];
-        int64_t index[kRows];
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            is_row[i] = place.is_row(), valid[i] = place.is_valid(lengths), index[i] = place.index(l);
-#pragma unroll
-            for (int k = 0; k < kTensors; ++k) loaded[i][k] = load<kColumns>(tensors[k], valid[i], index[i], l.aligned);
-            place.advance(l);
-        }
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            if (!is_row[i]) continue;
-            if constexpr (kTensors == 1) f(index[i], valid[i], unpacked(loaded[i][0]));
-            if constexpr (kTensors == 2) f(index[i], valid[i], unpacked(loaded[i][0]), unpacked(loaded[i][1]));
-        }
-    }
-}
 
 // -------------------------------------------------------------------------------------------------------------- sums
 
@@ -281,6 +148,8 @@ Grid join_grid(int64_t channels) {
 
 // ----------------------------------------------------------------------------------------------------------- moments
 
+struct Nothing {};  // to prepare
+
 template <typename S, int kColumns>
 DIEN_OPS_KERNEL(kThreads)
 void part_moments(Tiling l, gmem<const int64_t> lengths, gmem<const S> input, gmem<double> partial) {
@@ -289,8 +158,8 @@ void part_moments(Tiling l, gmem<const int64_t> lengths, gmem<const S> input, gm
     Values<T, kColumns> pivot = {}, sum = {}, square = {};
     int count = 0;
     for_rows<kColumns>(
-        place, l, lengths,
-        [&](int64_t, bool valid, const Values<T, kColumns>& s) {
+        place, l, lengths, [] { return Nothing{}; },
+        [&](Nothing, int64_t, bool valid, const Values<T, kColumns>& s) {
             if (!valid) return;
             if (count == 0) pivot = s;
 #pragma unroll
@@ -351,27 +220,29 @@ int64_t columns_bytes(const Tiling& l, int columns) {
 
 // The block computes the scale of each column once: a root and a quotient in double.
 template <int kColumns, typename T>
-DIEN_OPS_DEVICE OfColumns<T, kColumns> read_columns(Arena& arena, const Columns<T>& from, const Place<kColumns>& place,
-                                                    const Tiling& l) {
+DIEN_OPS_DEVICE OfColumns<T, kColumns> read_columns(const Columns<T>& from, const Place<kColumns>& place, const Tiling& l) {
+    OfColumns<T, kColumns> columns = {};
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+        if (!place.present) continue;
+        const int64_t c = place.column + i;
+        columns.mean.v[i] = from.mean.ld(c);
+        columns.bias.v[i] = from.bias ? from.bias.ld(c) : T(0);
+        columns.alpha.v[i] = from.alpha.ld(c);
+    }
+    Arena arena;
     const int width = l.packs_per_block * kColumns;
     const view<T> scale = arena.take<T>(width, "scale");
     const int64_t first = block_index() % l.chunks * width;
+#pragma unroll 1
     for (int i = thread_index(); i < width; i += kThreads) {
         const int64_t c = first + i;
         if (c >= l.channels) continue;
         scale.st(i, T((from.weight ? from.weight.ld(c) : T(1)) / from.eps.divisor(from.var.ld(c))));
     }
     sync_block();
-    OfColumns<T, kColumns> columns = {};
-    if (!place.present) return columns;
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-        const int64_t c = place.column + i;
-        columns.mean.v[i] = from.mean.ld(c);
-        columns.scale.v[i] = scale.ld(place.pack * kColumns + i);
-        columns.bias.v[i] = from.bias ? from.bias.ld(c) : T(0);
-        columns.alpha.v[i] = from.alpha.ld(c);
-    }
+    for (int i = 0; i < kColumns; ++i) columns.scale.v[i] = place.present ? scale.ld(place.pack * kColumns + i) : T(0);
     return columns;
 }
 
@@ -380,19 +251,17 @@ DIEN_OPS_KERNEL(kThreads)
 void apply(Tiling l, gmem<const int64_t> lengths, Columns<Compute<S>> from, gmem<const S> input, gmem<S> output,
            gmem<Compute<S>> mean, gmem<Compute<S>> var) {
     using T = Compute<S>;
-    Arena arena;
     const Place<kColumns> place(l);
-    const OfColumns<T, kColumns> of = read_columns(arena, from, place, l);
     if (mean && place.present && place.part == 0 && place.y == 0) {
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
-            mean.st(place.column + i, of.mean.v[i]);
+            mean.st(place.column + i, from.mean.ld(place.column + i));
             var.st(place.column + i, from.var.ld(place.column + i));
         }
     }
     for_rows<kColumns>(
-        place, l, lengths,
-        [&](int64_t index, bool valid, const Values<T, kColumns>& s) {
+        place, l, lengths, [&] { return read_columns(from, place, l); },
+        [&](const OfColumns<T, kColumns>& of, int64_t index, bool valid, const Values<T, kColumns>& s) {
             Values<T, kColumns> y = {};
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
@@ -410,34 +279,30 @@ void part_sums(Tiling l, gmem<const int64_t> lengths, Columns<Compute<S>> from, 
                gmem<double> partial) {
     using T = Compute<S>;
     const Place<kColumns> place(l);
+    Values<T, kColumns> alpha = {}, logit = {}, centered = {};
+    int count = 0;
+    for_rows<kColumns>(
+        place, l, lengths, [&] { return read_columns(from, place, l); },
+        [&](const OfColumns<T, kColumns>& of, int64_t, bool valid, const Values<T, kColumns>& s, const Values<T, kColumns>& g) {
+            if (!valid) return;
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) {
+                const T distance = s.v[i] - of.mean.v[i];
+                const T p = Gate<S>::sigmoid(of.scale.v[i] * distance + of.bias.v[i]);
+                const T g_logit = dice_logit_gradient(g.v[i], s.v[i], p, of.alpha.v[i]);
+                alpha.v[i] += g.v[i] * dice_slope_of_alpha(s.v[i], p);
+                logit.v[i] += g_logit;
+                centered.v[i] += g_logit * distance;
+            }
+            ++count;
+        },
+        input, grad_output);
     Sums mine[kColumns];
-    {
-        Arena arena;
-        const OfColumns<T, kColumns> of = read_columns(arena, from, place, l);
-        sync_block();  // its memory is join_rows' next
-        Values<T, kColumns> alpha = {}, logit = {}, centered = {};
-        int count = 0;
-        for_rows<kColumns>(
-            place, l, lengths,
-            [&](int64_t, bool valid, const Values<T, kColumns>& s, const Values<T, kColumns>& g) {
-                if (!valid) return;
 #pragma unroll
-                for (int i = 0; i < kColumns; ++i) {
-                    const T distance = s.v[i] - of.mean.v[i];
-                    const T p = Gate<S>::sigmoid(of.scale.v[i] * distance + of.bias.v[i]);
-                    const T g_logit = dice_logit_gradient(g.v[i], s.v[i], p, of.alpha.v[i]);
-                    alpha.v[i] += g.v[i] * dice_slope_of_alpha(s.v[i], p);
-                    logit.v[i] += g_logit;
-                    centered.v[i] += g_logit * distance;
-                }
-                ++count;
-            },
-            input, grad_output);
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) {
-            mine[i] = {{double(count), double(alpha.v[i]), double(logit.v[i]), double(centered.v[i])}};
-        }
+    for (int i = 0; i < kColumns; ++i) {
+        mine[i] = {{double(count), double(alpha.v[i]), double(logit.v[i]), double(centered.v[i])}};
     }
+    sync_block();  // the memory of the columns is join_rows' next
     join_rows(mine, place, l);
     store_part(partial, mine, place, l);
 }
@@ -469,9 +334,7 @@ DIEN_OPS_KERNEL(kThreads)
 void input_gradient(Tiling l, gmem<const int64_t> lengths, Columns<Compute<S>> from, gmem<const Compute<S>> feedback,
                     gmem<const S> input, gmem<const S> grad_output, gmem<S> grad_input) {
     using T = Compute<S>;
-    Arena arena;
     const Place<kColumns> place(l);
-    const OfColumns<T, kColumns> of = read_columns(arena, from, place, l);
     Values<T, kColumns> mean_g_logit = {}, pull = {};
     if (place.present && feedback) {
 #pragma unroll
@@ -481,8 +344,9 @@ void input_gradient(Tiling l, gmem<const int64_t> lengths, Columns<Compute<S>> f
         }
     }
     for_rows<kColumns>(
-        place, l, lengths,
-        [&](int64_t index, bool valid, const Values<T, kColumns>& s, const Values<T, kColumns>& g) {
+        place, l, lengths, [&] { return read_columns(from, place, l); },
+        [&](const OfColumns<T, kColumns>& of, int64_t index, bool valid, const Values<T, kColumns>& s,
+            const Values<T, kColumns>& g) {
             Values<T, kColumns> grad = {};
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) {
