@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Softmax attention over states and the auxiliary loss on a GPU, beside the same composed of torch's operators.
+"""Softmax attention over states and the auxiliary loss on a GPU, beside their equations in eager torch and through
+torch.compile.
 
 float32 rows may round the factors of products to tf32, ours as the rivals'. Both are bound by memory, so that the share
 of the copy's rate is what matters.
@@ -12,51 +13,54 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import rivals
+from bench import rivals_attention as rivals
+from bench.compiling import WithinSeconds
 from bench.results import Target
-from bench.rivals_attention_cuda import COMPILED, COMPOSED, Attention, Compiler, Pairs, composed, ours
+from bench.rivals import from_a_graph
+from bench.rivals_attention import COMPILED, EAGER, Auxiliary, Bilinear
 
-OURS = {"dien_ops": ours}
-FROM_A_GRAPH = "dien_ops, graph"
-COMPOSED_FROM_A_GRAPH = f"{COMPOSED}, graph"
-GRAPHS = FROM_A_GRAPH, COMPOSED_FROM_A_GRAPH  # their memory is taken before the call
+OURS = {"dien_ops": rivals.ours}
+FROM_A_GRAPH, EAGER_FROM_A_GRAPH = "dien_ops, graph", f"{EAGER}, graph"
+RIVALS = {
+    FROM_A_GRAPH: from_a_graph(rivals.ours),
+    EAGER: rivals.eager,
+    EAGER_FROM_A_GRAPH: from_a_graph(rivals.eager),
+    COMPILED: WithinSeconds(rivals.compiled, 60.0),
+}
 DTYPES = torch.float32, torch.bfloat16
-
-compiled = Compiler(seconds=60.0)
 
 # The shape of published DIEN benchmarks first: what a short run cannot reach stands last.
 ATTENTION = [
-    Attention(1024, 100, 128, target_size=128),
-    Attention(1024, 100, 128, target_size=128, uniform_lengths=True),
-    Attention(128, 100, 36),
-    Attention(4096, 50, 108),
+    Bilinear(1024, 100, 128, 128, device="cuda"),
+    Bilinear(1024, 100, 128, 128, uniform_lengths=True, device="cuda"),
+    Bilinear(128, 100, 36, 36, device="cuda"),
+    Bilinear(4096, 50, 108, 36, device="cuda"),
 ]
-SEVERAL = [Attention(1024, 100, 128, target_size=128, targets=8)]
-SERVING = [Attention(1, 50, 108, targets=200), Attention(64, 100, 128, targets=200)]
+SEVERAL = [Bilinear(1024, 100, 128, 128, targets=8, device="cuda")]
+SERVING = [Bilinear(1, 50, 108, 36, targets=200, device="cuda"), Bilinear(64, 100, 128, 36, targets=200, device="cuda")]
 PAIRS = [
-    Pairs(1024, 100, 128),
-    Pairs(1024, 100, 128, uniform_lengths=True),
-    Pairs(128, 100, 36),
-    Pairs(4096, 50, 108),
+    Auxiliary(1024, 100, 128, device="cuda"),
+    Auxiliary(1024, 100, 128, uniform_lengths=True, device="cuda"),
+    Auxiliary(128, 100, 36, device="cuda"),
+    Auxiliary(4096, 50, 108, device="cuda"),
 ]
+
+
+def padded(p) -> str:
+    return ", uniform lengths" if p.uniform_lengths else ""
 
 
 def rows(problems):
     return [
-        pytest.param(replace(p, dtype=dtype), id=f"{p.name} {str(dtype).removeprefix('torch.')}")
+        pytest.param(replace(p, dtype=dtype), id=f"{p.name}{padded(p)} {str(dtype).removeprefix('torch.')}")
         for dtype in DTYPES
         for p in problems
     ]
 
 
 def measure(bench, p, times: float) -> None:
-    others = {
-        FROM_A_GRAPH: rivals.from_a_graph(ours),
-        COMPOSED: composed,
-        COMPOSED_FROM_A_GRAPH: rivals.from_a_graph(composed),
-        COMPILED: compiled,
-    }
-    bench.measure(p, OURS, others, [Target(COMPOSED, times)], without_memory=GRAPHS)
+    graphs = FROM_A_GRAPH, EAGER_FROM_A_GRAPH  # their memory is taken before the call
+    bench.measure(p, OURS, RIVALS, [Target(EAGER, times)], without_memory=[*graphs, COMPILED])
 
 
 @pytest.mark.parametrize("p", rows(ATTENTION + SEVERAL))

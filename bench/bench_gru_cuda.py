@@ -7,14 +7,13 @@ versions only; cuDNN's 16-bit GRU is float16's, so that one is beside our bfloat
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 
 from bench import rivals
-from bench.harness import Contestant, Unavailable
+from bench.compiling import WithinSeconds
 from bench.results import PER_SECOND, Target
 from bench.rivals import COMPILED, LOOP, Recurrence
 
@@ -49,18 +48,7 @@ def rows(*problems: Recurrence):
     ]
 
 
-compiling: list[float] = []  # seconds that each compilation took
-
-
-def compiled_while_there_is_time(p: Recurrence) -> Contestant:
-    """torch.compile of the loop, as long as one more compilation fits into COMPILE_SECONDS for all rows."""
-    if sum(compiling) + max(compiling, default=0.0) > COMPILE_SECONDS:
-        raise Unavailable(f"left out: {len(compiling)} compilations took {sum(compiling):.0f} s")
-    begin = time.perf_counter()
-    try:
-        return rivals.compiled_loop(p)
-    finally:
-        compiling.append(time.perf_counter() - begin)
+compiled_loop = WithinSeconds(rivals.compiled_loop, COMPILE_SECONDS)
 
 
 def measure(bench, p: Recurrence, others, targets) -> None:
@@ -81,7 +69,7 @@ def measure_augru(bench, p: Recurrence, targets=()) -> None:
     others = {
         LOOP: rivals.python_loop,
         LOOP_FROM_A_GRAPH: rivals.from_a_graph(rivals.python_loop),
-        COMPILED: compiled_while_there_is_time,
+        COMPILED: compiled_loop,
         without(CUDNN[p.dtype]): rivals.without_attention(cudnn),
     }
     measure(bench, p, others, targets)

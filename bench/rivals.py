@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from bench.compiling import compiled
 from bench.harness import Contestant, Unavailable
 from dien_ops import functional, gru_weights, reference
 
@@ -286,27 +286,22 @@ def compiled_loop(p: Recurrence) -> Contestant:
     """torch.compile of the loop, COMPILED_STEPS steps at a time: all 100 steps in one graph take minutes to compile and
     run no faster. The compilation is in the note."""
     q, t, read = one_copy_per_target(p, tensors(p))
-    torch.compiler.reset()
-    with torch.compiler.config.patch(force_disable_caches=True):  # else the note would tell of an earlier run's work
-        compiled = torch.compile(augru_steps, fullgraph=True, dynamic=False)
+
+    def make() -> Contestant:
+        steps = torch.compile(augru_steps, fullgraph=True, dynamic=False)
         parts = list(zip(t.input.split(COMPILED_STEPS, 1), t.attention.split(COMPILED_STEPS, 1), strict=True))
 
         def forward() -> Tensor:
             h = t.input.new_zeros(q.batch, q.hidden_size)
             states = []
             for x, a in parts:
-                some, h = compiled(x, a, h, *t.parameters)
+                some, h = steps(x, a, h, *t.parameters)
                 states.append(some)
             return torch.cat(states, 1)
 
-        call = compute(forward, t.leaves, t.grad_output, p.train)
-        begin = time.perf_counter()
-        try:
-            call()
-        except Exception as failure:
-            raise Unavailable(f"torch.compile failed: {str(failure).splitlines()[0]}") from failure
-        took = time.perf_counter() - begin
-    return _contestant(p, call, read, note=f"compiled in {took:.0f} s, {COMPILED_STEPS} steps at a time")
+        return _contestant(p, compute(forward, t.leaves, t.grad_output, p.train), read)
+
+    return compiled(make, f", {COMPILED_STEPS} steps at a time")
 
 
 def import_deepctr_torch() -> ModuleType:

@@ -8,7 +8,6 @@ result.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Contestant, Unavailable
+from bench import compiling
+from bench.harness import Contestant
 from bench.rivals import compute
 from dien_ops import functional, reference
 
@@ -111,17 +111,7 @@ def eager(p: Composed) -> Contestant:
 
 
 def compiled(p: Composed) -> Contestant:
-    """The compilation is in the note."""
-    torch.compiler.reset()
-    with torch.compiler.config.patch(force_disable_caches=True):  # else the note would tell of an earlier run's work
-        begin = time.perf_counter()
-        try:
-            result = contestant(p, torch.compile(p.composed, fullgraph=True, dynamic=False))
-            result.call()
-        except Exception as failure:
-            raise Unavailable(f"torch.compile failed: {str(failure).splitlines()[0]}") from failure
-        took = time.perf_counter() - begin
-    return Contestant(result.call, exact=result.exact, flops=result.flops, note=f"compiled in {took:.0f} s")
+    return compiling.compiled(lambda: contestant(p, torch.compile(p.composed, fullgraph=True, dynamic=False)))
 
 
 def valid_steps(lengths: Tensor, steps: int) -> Tensor:

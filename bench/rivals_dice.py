@@ -7,7 +7,6 @@ gradient of the output. Compiling is not timed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import compiling
 from bench.harness import Contestant, Unavailable
+from bench.rivals import compute
 from dien_ops import functional, reference
 
 EAGER, BATCH_NORM, COMPILED = "eager", "F.batch_norm", "torch.compile"  # as tables call them
@@ -90,18 +91,6 @@ def tensors(p: Activation, dtype: torch.dtype | None = None) -> Tensors:
     return Tensors(s.requires_grad_(p.backward), alpha.requires_grad_(p.backward), mean, var, p.lengths, grad)
 
 
-def _call(p: Activation, t: Tensors, forward: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
-    def both() -> list[Tensor]:
-        output = forward()
-        return [output, *torch.autograd.grad(output, [t.input, t.alpha], t.grad_output)]
-
-    def alone() -> list[Tensor]:
-        with torch.inference_mode():
-            return [forward()]
-
-    return both if p.backward else alone
-
-
 def _dice(module: Any, p: Activation, t: Tensors) -> Tensor:
     averages = () if p.training else (t.mean, t.var)
     return module.dice(t.input, t.alpha, *averages, training=p.training, eps=EPS, lengths=t.lengths)
@@ -111,7 +100,9 @@ def _dice(module: Any, p: Activation, t: Tensors) -> Tensor:
 def exact(p: Activation) -> list[Tensor]:
     """The reference equations in float64."""
     t = tensors(p, torch.float64)
-    return [x.detach() for x in _call(p, t, lambda: _dice(reference, p, t))()]
+    return [
+        x.detach() for x in compute(lambda: _dice(reference, p, t), [t.input, t.alpha], t.grad_output, p.backward)()
+    ]
 
 
 def _contestant(p: Activation, call: Callable[[], Any], **more: Any) -> Contestant:
@@ -120,7 +111,7 @@ def _contestant(p: Activation, call: Callable[[], Any], **more: Any) -> Contesta
 
 def ours(p: Activation) -> Contestant:
     t = tensors(p)
-    return _contestant(p, _call(p, t, lambda: _dice(functional, p, t)))
+    return _contestant(p, compute(lambda: _dice(functional, p, t), [t.input, t.alpha], t.grad_output, p.backward))
 
 
 def in_dtype(factory: Callable[[Activation], Contestant], dtype: torch.dtype) -> Callable[[Activation], Contestant]:
@@ -157,10 +148,10 @@ def with_batch_norm(
     return p * s + alpha * (1 - p) * s
 
 
-def _torchs(p: Activation, f: Callable[..., Tensor], note: str = "") -> Contestant:
+def _torchs(p: Activation, f: Callable[..., Tensor]) -> Contestant:
     t = tensors(p)
     arguments: Sequence[Any] = (t.input, t.alpha, t.mean, t.var, t.lengths, p.training)
-    return _contestant(p, _call(p, t, lambda: f(*arguments)), note=note)
+    return _contestant(p, compute(lambda: f(*arguments), [t.input, t.alpha], t.grad_output, p.backward))
 
 
 def eager(p: Activation) -> Contestant:
@@ -172,13 +163,4 @@ def batch_norm(p: Activation) -> Contestant:
 
 
 def compiled(p: Activation) -> Contestant:
-    """torch.compile of the composed form. The compilation is in the note."""
-    torch.compiler.reset()
-    with torch.compiler.config.patch(force_disable_caches=True):  # else the note would tell of an earlier run's work
-        contestant = _torchs(p, torch.compile(composed, fullgraph=True, dynamic=False))
-        begin = time.perf_counter()
-        try:
-            contestant.call()
-        except Exception as failure:
-            raise Unavailable(f"torch.compile failed: {str(failure).splitlines()[0]}") from failure
-        return replace(contestant, note=f"compiled in {time.perf_counter() - begin:.0f} s")
+    return compiling.compiled(lambda: _torchs(p, torch.compile(composed, fullgraph=True, dynamic=False)))

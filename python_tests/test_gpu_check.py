@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from bench import (
+    bench_activation_unit_cuda,
     bench_attention_cuda,
     bench_dice_cuda,
     bench_gru_cuda,
+    compiling,
     conftest,
     gpu,
     gpu_check,
@@ -27,7 +29,6 @@ from bench import (
     harness,
     report,
     results,
-    rivals_attention_cuda,
 )
 from bench.gpu_check import Finished, Stage
 from bench.results import CEILING, COPY, Check, Row, Target, Timing
@@ -405,11 +406,10 @@ def test_compilations_stop_when_one_more_might_not_fit(monkeypatch):
         return "compiled"
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(bench_gru_cuda.rivals, "compiled_loop", compile)
-    monkeypatch.setattr(bench_gru_cuda, "compiling", [])
-    assert [bench_gru_cuda.compiled_while_there_is_time(None) for _ in range(2)] == ["compiled"] * 2
-    with pytest.raises(bench_gru_cuda.Unavailable, match="left out: 2 compilations took 50 s"):
-        bench_gru_cuda.compiled_while_there_is_time(None)
+    factory = compiling.WithinSeconds(compile, 60.0)
+    assert [factory(None) for _ in range(2)] == ["compiled"] * 2
+    with pytest.raises(harness.Unavailable, match="left out: 2 compilations took 50 s"):
+        factory(None)
 
 
 @pytest.mark.parametrize("size", gpu_small_gru.SIZES, ids=str)
@@ -438,59 +438,19 @@ def test_the_sanitizer_watches_every_column_that_has_cuda_kernels():
     assert {x.__name__.removeprefix("bench.") for x in gpu_small.COLUMNS} == columns
 
 
-def test_every_row_of_attention_is_on_the_gpu_and_has_rivals():
+@pytest.mark.parametrize("file, tests", [(bench_attention_cuda, 4), (bench_activation_unit_cuda, 4)])
+def test_every_row_of_the_attention_columns_is_on_the_gpu_and_has_rivals(file, tests):
     bench = Asked()
-    tests = [f for name, f in vars(bench_attention_cuda).items() if name.startswith("test_")]
-    for test in tests:
+    found = [f for name, f in vars(file).items() if name.startswith("test_")]
+    for test in found:
         assert test.__doc__
         for parameters in test.pytestmark[0].args[1]:
             test(bench, *parameters.values)
-    assert len(tests) == 4 and len(bench.calls) == len({call[0] for call in bench.calls})
+    assert len(found) == tests and len(bench.calls) == len({call[0] for call in bench.calls})
     for problem, ours, others, targets, more in bench.calls:
-        assert problem.device == "cuda" and problem.bytes > 0
+        assert problem.device == "cuda" and (problem.bytes or problem.flops) > 0
         assert targets and {t.against for t in targets} <= others.keys()
         assert list(ours) == ["dien_ops"] and len(others) == 4 and set(more["without_memory"]) <= others.keys()
-
-
-@pytest.mark.parametrize("train", [False, True], ids=["forward", "training"])
-@pytest.mark.parametrize("lengths", [False, True], ids=["full", "uniform"])
-@pytest.mark.parametrize(
-    "problem",
-    [
-        rivals_attention_cuda.Attention(4, 5, 6, target_size=3, device="cpu"),
-        rivals_attention_cuda.Attention(4, 5, 6, target_size=3, targets=7, device="cpu"),
-        rivals_attention_cuda.Pairs(4, 5, 6, device="cpu"),
-    ],
-    ids=lambda p: p.name,
-)
-def test_the_contestants_of_attention_and_auxiliary_loss_do_the_same_work(problem, lengths, train):
-    problem = replace(problem, train=train, uniform_lengths=lengths)
-    for factory in (rivals_attention_cuda.ours, rivals_attention_cuda.composed):
-        assert harness.check("contestant", factory(problem)) < 1e-5
-
-
-def test_the_bytes_of_attention_and_auxiliary_loss_are_the_fewest_possible():
-    p = rivals_attention_cuda.Attention(2, 10, 6, target_size=3, targets=4)
-    states, scores, small = 2 * 10 * 6, 2 * 4 * 10, 2 * 4 * 3 + 6 * 3
-    assert p.bytes == 4 * (states + small + scores)
-    assert replace(p, train=True).bytes == p.bytes + 4 * (2 * states + 2 * small + 2 * scores)
-    q = rivals_attention_cuda.Pairs(2, 10, 6, dtype=torch.bfloat16)
-    assert q.bytes == 2 * 3 * states and replace(q, train=True).bytes == 3 * q.bytes
-
-
-def test_a_compiler_stops_when_one_more_compilation_might_not_fit(monkeypatch):
-    now = [0.0]
-    compiler = rivals_attention_cuda.Compiler(seconds=60.0)
-
-    def compile(_):
-        now[0] += 25.0
-        return "compiled"
-
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(compiler, "compiled", compile)
-    assert [compiler(None) for _ in range(2)] == ["compiled"] * 2
-    with pytest.raises(rivals_attention_cuda.Unavailable, match="left out: 2 compilations took 50 s"):
-        compiler(None)
 
 
 def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
