@@ -27,8 +27,7 @@ constexpr int kUnitWarps = 8, kUnitThreads = kUnitWarps * kWarp;
 // without them, a thread needs more.
 template <typename Math, bool kShared>
 constexpr int kUnitResidentThreads = (Math::kMatrixUnit && kShared ? 2 : 1) * kUnitThreads;
-constexpr int kItemTiles = 5;    // column tiles of an item: 80 and 40 columns are whole items
-constexpr int kItemTriples = 2;  // the same of the first layer's inputs: of q, k and q * k each
+constexpr int kItemTiles = 5;  // column tiles of an item: 80 and 40 columns are whole items
 
 // What a layer needs of each of its columns.
 enum UnitColumn { kBias, kAlpha, kMean, kScale, kOutputWeight, kMeanLogitGradient, kPull, kUnitColumns };
@@ -36,7 +35,13 @@ enum UnitColumn { kBias, kAlpha, kMean, kScale, kOutputWeight, kMeanLogitGradien
 DIEN_OPS_HOST_DEVICE constexpr int unit_width(int n) { return round_up(n, 16); }
 DIEN_OPS_HOST_DEVICE constexpr int column_tiles(int n) { return divide_up(n, kTileColumns); }
 DIEN_OPS_HOST_DEVICE constexpr int item_tiles(int n) { return round_up(column_tiles(n), kItemTiles); }
-DIEN_OPS_HOST_DEVICE constexpr int item_triples(int n) { return round_up(column_tiles(n), kItemTriples); }
+// The same of the first layer's inputs: of q, k and q * k each.
+template <typename Math>
+constexpr int kItemTriples = sizeof(Accumulator<Math>) == 8 ? 1 : 2;
+template <typename Math>
+DIEN_OPS_HOST_DEVICE constexpr int item_triples(int n) {
+    return round_up(column_tiles(n), kItemTriples<Math>);
+}
 
 template <typename Math>
 DIEN_OPS_HOST_DEVICE constexpr int unit_stride(int n) {
@@ -97,7 +102,7 @@ UnitShape unit_shape(const UnitProblem<S>& p) {
         layer.forward = s.packed;
         s.packed += int64_t(depth_tiles<Math>(layer.inputs)) * item_tiles(layer.outputs) * kTileNumbers<Math>;
         layer.backward = s.packed;
-        const int back = l == 0 ? 3 * item_triples(s.dim) : item_tiles(layer.inputs);
+        const int back = l == 0 ? 3 * item_triples<Math>(s.dim) : item_tiles(layer.inputs);
         s.packed += int64_t(depth_tiles<Math>(layer.outputs)) * back * kTileNumbers<Math>;
         s.columns += unit_width(layer.outputs);
         s.row += unit_stride<Math>(layer.outputs);

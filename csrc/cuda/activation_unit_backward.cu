@@ -265,6 +265,7 @@ struct TileGradients {
     using Piece = std::conditional_t<kShared, view<V>, gmem<V>>;
     using Item = T (&)[1][kItemTiles][4];
     static constexpr bool kOneType = std::is_same_v<T, Operand>;
+    static constexpr int kTriples = kItemTriples<Math>;
 
     const GradientParams<S>& p;
     const UnitShape& s;
@@ -480,12 +481,12 @@ struct TileGradients {
     // Stage 0: from g of the first layer to query and keys. A lane has the gradients of q, k and q * k at the same places.
     DIEN_OPS_DEVICE void through_first_layer(bool first_target, bool last_target, int64_t target_part) const {
         const UnitLayer& l = s.layer[0];
-        const int D = s.dim, width = unit_width(D), stride = unit_stride<Math>(l.outputs), tiles = 3 * item_triples(D);
+        const int D = s.dim, width = unit_width(D), stride = unit_stride<Math>(l.outputs), tiles = 3 * item_triples<Math>(D);
         add_weight_gradient<Math>(g, 0, x, 0, l, s.rows, p.gradients, gradient(l));
-        for_items<Math, 3 * kItemTriples>(row_tiles(), tiles, [&](int m, int first_tile, T(&d)[1][3 * kItemTriples][4]) {
+        for_items<Math, 3 * kTriples>(row_tiles(), tiles, [&](int m, int first_tile, T(&d)[1][3 * kTriples][4]) {
             const auto for_numbers = [&](const auto& f) {  // f(n, i, row, e)
 #pragma unroll
-                for (int n = 0; n < kItemTriples; ++n) {
+                for (int n = 0; n < kTriples; ++n) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const int e = (first_tile / 3 + n) * kTileColumns + tile_column() + i % 2;
@@ -493,11 +494,12 @@ struct TileGradients {
                     }
                 }
             };
-            S grad_pooled[kItemTriples][4], score[kItemTriples][4];  // on their way while the product runs
+            S grad_pooled[kTriples][4], score[2];  // on their way while the product runs
             for_numbers([&](int n, int i, int row, int e) {
                 const bool here = e < D && present(row) && p.grad_pooled;
                 grad_pooled[n][i] = p.grad_pooled.template ld_if<S>(here, pair_of(row) * D + e);
-                score[n][i] = p.scores.template ld_if<S>(here, score_of(row));
+                if (n == 0 && i % 2 == 0)
+                    score[i / 2] = p.scores.template ld_if<S>(present(row) && p.grad_pooled, score_of(row));
             });
             multiply_tiles<Math>(d, g, m * kTileRows * stride, stride, p.packed, l.backward / kTileNumbers<Math> + first_tile,
                                  tiles, 0, depth_tiles<Math>(l.outputs));
@@ -507,7 +509,7 @@ struct TileGradients {
                 const T q = to_compute(x.ld(row * s.first_stride + e)), k = to_compute(x.ld(row * s.first_stride + D + e));
                 query_terms.st(row * width + e, present(row) ? d[0][3 * n][i] + k * of_product : T(0));
                 if (!present(row)) return;
-                T sum = d[0][3 * n + 1][i] + q * of_product + to_compute(score[n][i]) * to_compute(grad_pooled[n][i]);
+                T sum = d[0][3 * n + 1][i] + q * of_product + to_compute(score[i / 2]) * to_compute(grad_pooled[n][i]);
                 if (!first_target) sum += keys_sum.ld(row * width + e);
                 const int64_t to = rows.place.ld(row) * D + e;
                 if (!last_target) {

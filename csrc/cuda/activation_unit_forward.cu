@@ -96,7 +96,7 @@ void prepare_layer(UnitShape s, int layer, LayerParameters<Accumulator<Math>> p,
         // The place of a number in its tile is one to one: a thread takes (n, k), wherever that lies.
         const int n = at % kTileColumns, k = at / kTileColumns % Math::kDepth;
         const bool triples = back && layer == 0;
-        const int across = !back ? item_tiles(l.outputs) : triples ? 3 * item_triples(s.dim) : item_tiles(l.inputs);
+        const int across = !back ? item_tiles(l.outputs) : triples ? 3 * item_triples<Math>(s.dim) : item_tiles(l.inputs);
         const int column = tile % across, depth = static_cast<int>(tile / across) * Math::kDepth + k;
         int o = depth, input = column * kTileColumns + n;
         bool present = input < l.inputs;
