@@ -48,7 +48,8 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
         "bool batch_statistics, float eps, float variance_eps, bool softmax, bool allow_tf32) "
         "-> (Tensor grad_query, Tensor grad_keys, Tensor[] grad_weights, Tensor[] grad_biases, Tensor[] grad_alphas)");
 
-    // dice: with mean and var where they are given, else with those of the input; used_mean and used_var: either of them
+    // dice: with mean and var where they are given, else with those of the input; used_mean and used_var: either of them.
+    // Parameters and statistics are of the dtype that is computed in: float32 for 16-bit input
     m.def(
         "dice(Tensor input, Tensor alpha, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, Tensor? lengths, float eps, "
         "float variance_eps) "

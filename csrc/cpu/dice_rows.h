@@ -2,7 +2,8 @@
 // Dice over some rows of a [N, C] matrix: the loops that the dice column and the activation unit share.
 //
 // Rows are stored in any format S and computed in T = Compute<S>, in which columns, statistics and sums of kRowsPerSum rows
-// are. A row is taken kVecs vectors at a time (vecs.h).
+// are. A row is taken kVecs vectors at a time (vecs.h); each loop is one function without calls (gnu::flatten), for what is
+// handed to a call goes through memory.
 //
 // Sums over rows run down the columns, in registers. They are taken in T over at most kRowsPerSum rows and continued in double,
 // so their error does not grow with the number of rows. Each call serves one thread's rows; the callers add the partial results

@@ -11,8 +11,12 @@
 namespace dien_ops::cpu {
 namespace {
 
-// As many as the registers hold with all that a sigmoid needs: there are 32 with AVX-512 and NEON, else 16.
-constexpr int kVecs = kCapability == Capability::avx2 ? 2 : 4;
+// As many as the registers hold with all that a sigmoid needs: there are 32 with AVX-512 and on arm64, else 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kVecs = 4;
+#else
+constexpr int kVecs = 2;
+#endif
 
 // (Without loops: the compiler would keep arrays that a loop goes over in memory.)
 template <typename T, int kCount>

@@ -367,9 +367,9 @@ void input_gradient(Tiling l, gmem<const int64_t> lengths, Columns<Compute<S>> f
 template <typename S>
 constexpr int kWide = 16 / sizeof(S);
 
-// Sums are three for each column: with those of 8 columns a thread has so many registers that too few threads fit.
+// The backward keeps so much for each column that with 8 of them too few threads find registers.
 template <typename S>
-constexpr int kWideSums = kWide<S> < 4 ? kWide<S> : 4;
+constexpr int kWideBackward = kWide<S> < 4 ? kWide<S> : 4;
 
 template <typename... P>
 bool all_aligned(const P*... pointers) {
@@ -413,7 +413,7 @@ int64_t dice_moments_partial(const DiceProblem<S>& p) {
 
 template <typename S>
 int64_t dice_sums_partial(const DiceProblem<S>& p) {
-    return Sums::kNumbers * p.channels * tiling(p, columns_of_thread(p, kWideSums<S>)).parts;
+    return Sums::kNumbers * p.channels * tiling(p, columns_of_thread(p, kWideBackward<S>)).parts;
 }
 
 template <typename S>
@@ -460,7 +460,7 @@ void dice_sums(Stream stream, const DiceBackward<S>& p) {
         launch("dice_join_sums", join_sums<T>, join_grid<Sums>(p.channels), stream, gmem<const double>(parts), p.channels,
                l.parts, Columns<T>(p), to);
     };
-    with_columns<kWideSums<S>, S>(p, run, p.input, p.grad_output);
+    with_columns<kWideBackward<S>, S>(p, run, p.input, p.grad_output);
 }
 
 template <typename S>
@@ -474,7 +474,7 @@ void dice_backward(Stream stream, const DiceBackward<S>& p) {
                tensor(p.grad_output, p.rows(), p.channels, "grad_output"),
                tensor(p.grad_input, p.rows(), p.channels, "grad_input"));
     };
-    with_columns<kWide<S>, S>(p, run, p.input, p.grad_output, p.grad_input);
+    with_columns<kWideBackward<S>, S>(p, run, p.input, p.grad_output, p.grad_input);
 }
 
 #define DIEN_OPS_INSTANTIATE(S)                                                                      \
