@@ -22,7 +22,6 @@
 // one launch.
 //
 // The floor is three times the forward's products; see there.
-#include <iterator>
 
 #include "cuda/activation_unit.cuh"
 
