@@ -25,7 +25,7 @@ def tensor(name: str, value: object) -> None:
 
 
 def supported(
-    name: str, value: Tensor, dtypes: Sequence[torch.dtype] = FULL_PRECISION, *, cuda_kernels: bool = False
+    name: str, value: Tensor, dtypes: Sequence[torch.dtype] = ANY_PRECISION, *, cuda_kernels: bool = True
 ) -> None:
     """The first tensor of a call: its device and dtype are what all others must share. cuda_kernels: whether the
     operator has any."""

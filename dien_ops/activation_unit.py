@@ -260,7 +260,7 @@ def _check_arguments(
     training: bool,
 ) -> None:
     _checks.one_of("activation", activation, ACTIVATIONS)
-    _checks.supported("keys", keys, _checks.ANY_PRECISION, cuda_kernels=True)
+    _checks.supported("keys", keys)
     _checks.rank("keys", keys, 3)
     _checks.tensor("query", query)
     _checks.matches("keys", keys, query=query)

@@ -118,7 +118,7 @@ def bilinear_attention(states: Tensor, target: Tensor, weight: Tensor, *, length
     if dtype is not None:
         states, target = _precision.cast(dtype, states, target)
         (weight,) = _precision.cast(torch.float32, weight)
-    _checks.supported("states", states, _checks.ANY_PRECISION, cuda_kernels=True)
+    _checks.supported("states", states)
     _checks.rank("states", states, 3)
     _checks.tensor("target", target)
     _checks.tensor("weight", weight)

@@ -188,7 +188,7 @@ def auxiliary_loss(
     autocast = _precision.autocast_dtype(states) is not None
     if autocast:
         states, positives, negatives = _promoted(states, positives, negatives)
-    _checks.supported("states", states, _checks.ANY_PRECISION, cuda_kernels=True)
+    _checks.supported("states", states)
     _checks.rank("states", states, 3)
     _checks.tensor("positives", positives)
     _checks.tensor("negatives", negatives)

@@ -238,7 +238,7 @@ def _check_arguments(
     lengths: Tensor | None,
     training: bool,
 ) -> None:
-    _checks.supported("input", input, _checks.ANY_PRECISION, cuda_kernels=True)
+    _checks.supported("input", input)
     _checks.rank("input", input, 2, 3)
     _checks.tensor("alpha", alpha)
     _checks.parameters("input", input, alpha=alpha, weight=weight, bias=bias)

@@ -72,7 +72,7 @@ def _mini_batch(
     **states: Tensor,  # of the weight's dtype; their shapes are checked by the operator
 ) -> tuple[Tensor, Tensor, Tensor | None, int | None]:
     """Checks what all updates share. Returns ids [N], grad [N, D], counts, and padding_idx counted from 0."""
-    _checks.supported("weight", weight)
+    _checks.supported("weight", weight, _checks.FULL_PRECISION, cuda_kernels=False)
     _checks.rank("weight", weight, 2)
     for name, value in {"ids": ids, "grad": grad, **states}.items():
         _checks.tensor(name, value)

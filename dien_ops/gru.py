@@ -239,7 +239,7 @@ def _run(
         input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh = _precision.cast(
             dtype, input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh
         )
-    _checks.supported("input", input, _checks.ANY_PRECISION, cuda_kernels=True)
+    _checks.supported("input", input)
     _checks.rank("input", input, 3)
     _checks.tensor("weight_ih", weight_ih)
     _checks.tensor("weight_hh", weight_hh)

@@ -71,7 +71,7 @@ def gru_residence(
     if torch.device(device).type != "cuda":
         raise RuntimeError(f"device must be a CUDA device, got {device}")
     like = torch.empty(0, dtype=dtype, device=device)
-    _checks.supported("device", like, _checks.ANY_PRECISION, cuda_kernels=True)
+    _checks.supported("device", like)
     return _residence(like, hidden_size, reset_after)
 
 

@@ -88,7 +88,7 @@ class _MBAOptimizer(Optimizer):
         _checks.non_negative("l2", group["l2"])
         self._check_options(group)
         for weight in group["params"]:
-            _checks.supported("an embedding weight", weight)
+            _checks.supported("an embedding weight", weight, _checks.FULL_PRECISION, cuda_kernels=False)
             if weight.dim() != 2:
                 raise ValueError(
                     f"{type(self).__name__} updates embedding tables [num_embeddings, D], got a parameter of "

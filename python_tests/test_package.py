@@ -133,14 +133,27 @@ def test_without_its_cuda_library_the_package_computes_on_the_cpu_and_says_what_
     "call",
     [
         lambda x: functional.dice(x(2, 3), x(3)),
-        lambda x: dien_ops.LocalActivationUnit(3)(x(2, 3), x(2, 5, 3)),
+        lambda x: functional.bilinear_attention(x(2, 5, 3), x(2, 3), x(3, 3)),
+        lambda x: functional.auxiliary_loss(x(2, 5, 3), x(2, 5, 3), x(2, 5, 3)),
+        lambda x: functional.local_activation_unit(x(2, 3), x(2, 5, 3), [x(1, 12)], [x(1)]),
+        lambda x: functional.gru(x(5, 2, 3), x(12, 3), x(12, 4)),
     ],
-    ids=["dice", "activation_unit"],
+    ids=["dice", "attention", "auxiliary_loss", "activation_unit", "gru"],
 )
-def test_operators_without_cuda_kernels_say_so(monkeypatch, call):
+def test_operators_with_cuda_kernels_take_cuda_tensors(monkeypatch, call):
+    monkeypatch.setattr(_library, "_cuda_problem", None)
+    monkeypatch.setattr(_library, "gpu_problem", lambda device: None)
+    with FakeTensorMode():
+        result = call(lambda *sizes: torch.empty(sizes, device="cuda"))
+    results = result if isinstance(result, tuple) else (result,)
+    assert {x.device.type for x in results} == {"cuda"}
+
+
+def test_operators_without_cuda_kernels_say_so(monkeypatch):
     monkeypatch.setattr(_library, "_cuda_problem", None)  # whatever the others have
     with FakeTensorMode(), pytest.raises(RuntimeError, match="is on cuda:0, and this operator has no CUDA kernels yet"):
-        call(lambda *sizes: torch.empty(sizes, device="cuda"))
+        weight, grad = torch.empty(3, 2, device="cuda"), torch.empty(1, 2, device="cuda")
+        functional.mba_sgd_(weight, torch.empty(1, dtype=torch.int64, device="cuda"), grad, lr=0.1)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +259,7 @@ def test_selftest_checks_what_has_cuda_kernels_on_every_gpu_too(monkeypatch, cap
     monkeypatch.setattr(dien_ops.selftest, "_gpus", lambda: [torch.device("cpu")])
     assert dien_ops.selftest.main() == 0
     printed = capsys.readouterr().out
-    assert printed.count("on cpu ") == 12 and "gru, reset after, on cpu" in printed
+    assert printed.count("on cpu ") == 18 and "gru, reset after, on cpu" in printed
 
 
 def test_selftest_sees_nan(monkeypatch):

@@ -163,11 +163,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_activation_unit(const Tensor& q
                                                                  const Tensors& running_vars, const OptionalTensor& lengths,
                                                                  const std::string& activation, double eps, double variance_eps,
                                                                  bool softmax, [[maybe_unused]] bool allow_tf32) {
-    if (const ScalarType stored = keys.scalar_type(); is_16_bit(stored)) {
+    if (const ScalarType stored = keys.scalar_type(); stored != compute_dtype(stored)) {
         const auto [pooled, scores, statistics, hidden] =
             local_activation_unit(widened(query, "query", stored), widened(keys, "keys", stored), weights, biases, alphas,
                                   running_means, running_vars, lengths, activation, eps, variance_eps, softmax, allow_tf32);
-        return {to_dtype(pooled, stored), to_dtype(scores, stored), statistics, hidden};
+        return {converted(pooled, stored), converted(scores, stored), statistics, hidden};
     }
     const Arguments a(read_unit_arguments(query, keys, weights, biases, alphas, activation, running_means.empty(), eps,
                                           variance_eps, softmax),
@@ -249,12 +249,12 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> local_activation_unit_back
     const Tensors& weights, const Tensors& biases, const Tensors& alphas, const Tensor& statistics, const Tensor& hidden,
     const Tensor& scores, const OptionalTensor& lengths, const std::string& activation, bool batch_statistics, double eps,
     double variance_eps, bool softmax, [[maybe_unused]] bool allow_tf32) {
-    if (const ScalarType stored = keys.scalar_type(); is_16_bit(stored)) {
+    if (const ScalarType stored = keys.scalar_type(); stored != compute_dtype(stored)) {
         const auto [of_query, of_keys, of_weights, of_biases, of_alphas] = local_activation_unit_backward(
             widened(grad_pooled, "grad_pooled", stored), widened(grad_scores, "grad_scores", stored),
             widened(query, "query", stored), widened(keys, "keys", stored), weights, biases, alphas, statistics, hidden,
             widened(scores, "scores", stored), lengths, activation, batch_statistics, eps, variance_eps, softmax, allow_tf32);
-        return {to_dtype(of_query, stored), to_dtype(of_keys, stored), of_weights, of_biases, of_alphas};
+        return {converted(of_query, stored), converted(of_keys, stored), of_weights, of_biases, of_alphas};
     }
     const Arguments a(
         read_unit_arguments(query, keys, weights, biases, alphas, activation, batch_statistics, eps, variance_eps, softmax),

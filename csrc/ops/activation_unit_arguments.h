@@ -38,7 +38,7 @@ struct UnitArguments {
     Tensors weights, biases, alphas;
 
     int64_t hidden_layers() const { return static_cast<int64_t>(sizes.size()); }
-    ScalarType compute_dtype() const { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+    ScalarType compute_dtype() const { return ops::compute_dtype(dtype); }
     std::vector<int64_t> pooled_sizes() const { return {B, C, D}; }
     std::vector<int64_t> score_sizes() const { return {B, C, T}; }
     std::vector<int64_t> statistics_sizes() const {

@@ -72,7 +72,7 @@ struct GruArguments {
         if (time_last) return {targets * T * width, T * width, width};  // [B, C, T, width]
         return {targets * width, width, B * targets * width};           // [T, B, C, width]
     }
-    ScalarType compute_dtype() const { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+    ScalarType compute_dtype() const { return ops::compute_dtype(dtype); }
 };
 
 inline GruArguments read_gru_arguments(const Tensor& input, const OptionalTensor& attention, const OptionalTensor& hx,

@@ -81,6 +81,16 @@ inline Tensor converted(const Tensor& t, ScalarType dtype) {
     return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
+// t in what it is computed in, for kernels that cannot read the 16-bit format in which the other arguments are stored.
+inline Tensor widened(const Tensor& t, const char* argument, ScalarType stored) {
+    check(t.scalar_type() == stored, argument, " must have the dtype of the other arguments");
+    return converted(t, compute_dtype(stored));
+}
+
+inline OptionalTensor widened(const OptionalTensor& t, const char* argument, ScalarType stored) {
+    return t.has_value() ? OptionalTensor(widened(*t, argument, stored)) : std::nullopt;
+}
+
 // Memory that comes fresh from the system faults on the first write to each page; pages of 2 MiB spare a large result most of
 // these faults. Only whole pages of a large block are asked for.
 inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
@@ -152,20 +162,6 @@ void with_storage_type(ScalarType dtype, const char* argument, F&& f) {
     if (dtype == ScalarType::BFloat16) return f(BFloat16{});
     if (dtype == ScalarType::Half) return f(Half{});
     check(false, argument, " must be float32, float64, bfloat16 or float16");
-}
-
-inline bool is_16_bit(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
-
-inline Tensor to_dtype(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
-
-// t in float, for kernels that cannot read the 16-bit format in which the other arguments are stored.
-inline Tensor widened(const Tensor& t, const char* argument, ScalarType stored) {
-    check(t.scalar_type() == stored, argument, " must have the dtype of the other arguments");
-    return to_dtype(t, ScalarType::Float);
-}
-
-inline OptionalTensor widened(const OptionalTensor& t, const char* argument, ScalarType stored) {
-    return t.has_value() ? OptionalTensor(widened(*t, argument, stored)) : std::nullopt;
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
