@@ -46,7 +46,7 @@ def cases() -> Iterator[Case]:
     for precision in PRECISIONS:
         for i, sizes in enumerate(SIZES):
             yield Case(precision, *KINDS[i % len(KINDS)], sizes, lengths=i % 2 == 0)
-        for kind in KINDS:
+        for kind in KINDS[1:]:  # the first has its turn above
             yield Case(precision, *kind, SIZES[4], lengths=True)
 
 

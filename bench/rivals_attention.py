@@ -63,11 +63,11 @@ class Composed:
 
     @property
     def lengths(self) -> Tensor | None:
+        """[B], on the CPU."""
         if not self.uniform_lengths:
             return None
         batch, steps = self.rows_and_steps
-        drawn = torch.randint(0, steps + 1, (batch,), generator=torch.Generator().manual_seed(2))
-        return drawn.to(self.device)
+        return torch.randint(0, steps + 1, (batch,), generator=torch.Generator().manual_seed(2))
 
     @property
     def valid_steps(self) -> int:
@@ -82,6 +82,7 @@ class Composed:
 
     def call(self, forward: Callable[..., Tensor], dtype: torch.dtype | None = None) -> Callable[[], list[Tensor]]:
         leaves, lengths = self.leaves(dtype), self.lengths
+        lengths = lengths if lengths is None else lengths.to(self.device)
         with torch.no_grad():
             shape = forward(lengths, *leaves).shape
         generator = torch.Generator(self.device).manual_seed(3)

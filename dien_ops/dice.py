@@ -211,8 +211,8 @@ def check_average(name: str, value: Tensor, input_name: str, input: Tensor, chan
     _checks.shape(name, value, [channels], "[C]")
     wider = [x for x in (torch.float32, torch.float64) if x.itemsize > input.dtype.itemsize]
     if value.dtype not in (input.dtype, *wider):
-        others = "".join(f", or {x}" for x in wider)
-        raise ValueError(f"{name} must have the dtype of {input_name}, {input.dtype}{others}, got {value.dtype}")
+        others = " or ".join(map(str, [input.dtype, *wider]))
+        raise ValueError(f"{name} must have the dtype of {input_name}, {others}, got {value.dtype}")
     if training and channels > 1 and value.stride(0) == 0:
         raise RuntimeError(f"{name} must not be an expanded tensor, one element for all channels, with training=True")
 

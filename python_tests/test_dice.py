@@ -596,7 +596,7 @@ def test_a_wrong_argument_is_named(error, message, change):
     ("error", "message", "average"),
     [
         (TypeError, "{} must be a Tensor, got list", [0.0, 0.0, 0.0]),
-        (ValueError, "{} must have the dtype of input, torch.float32, or torch.float64, got torch.int64", INTEGERS),
+        (ValueError, "{} must have the dtype of input, torch.float32 or torch.float64, got torch.int64", INTEGERS),
         (ValueError, "{} must have the dtype of input, .* got torch.float16", INTEGERS.half()),
         (RuntimeError, r"{} must have shape \[3\] \[C\], got \[4\]", torch.ones(4)),
         (RuntimeError, "{} must be on the device of input: expected .*, got meta", torch.ones(3, device="meta")),
@@ -616,7 +616,9 @@ def test_with_16_bit_input_moving_averages_may_be_float32():
     s, alpha = torch.randn(5, 3).bfloat16(), torch.zeros(3)
     for dtype in (torch.bfloat16, torch.float32, F64):
         functional.dice(s, alpha, **running(3, dtype))
-    message = "running_mean must have the dtype of input, torch.bfloat16, or torch.float32 or torch.float64, got torch.float16"
+    message = (
+        "running_mean must have the dtype of input, torch.bfloat16 or torch.float32 or torch.float64, got torch.float16"
+    )
     with pytest.raises(ValueError, match=message):
         functional.dice(s, alpha, **running(3, torch.float16))
 

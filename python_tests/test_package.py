@@ -286,7 +286,7 @@ def test_the_cuda_library_needs_torchs_cuda_library_and_brings_its_own_cuda_runt
 def test_the_readmes_examples_run():
     text = (Path(__file__).parents[1] / "README.md").read_text()
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names = {"training_set": [torch.tensor([[3, 7, 3]]), torch.tensor([[7, 0, 0]])]}
     for block in blocks:
         exec(
