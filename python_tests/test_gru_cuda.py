@@ -34,8 +34,7 @@ LOW = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture
 def tf32(monkeypatch):
     """float32 means tf32."""
-    for module in (dien_ops.gru, dien_ops.info):
-        monkeypatch.setattr(module, "allow_tf32", lambda input: input.dtype == torch.float32)
+    monkeypatch.setattr(_precision, "allow_tf32", lambda input, backend: input.dtype == torch.float32)
 
 
 def assert_same_bits(actual, expected):
