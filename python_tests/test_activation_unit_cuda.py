@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from dien_ops import _precision, functional, reference
-from helpers import assert_at_most_twice_torchs_error, assert_close
+from helpers import assert_at_most_twice_torchs_error, assert_close, begins_anywhere, rounded_to_tf32
 from unit_cases import F64, Case
 
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
@@ -44,12 +44,6 @@ def small_weights(case: Case) -> Case:
 
 
 # --------------------------------------------------------------------------------------------------------------- tf32
-
-
-def rounded_to_tf32(x: torch.Tensor) -> torch.Tensor:
-    """float64 numbers, of 11 significant bits."""
-    mantissa, exponent = torch.frexp(x)
-    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
 
 
 class Tf32Linear(torch.autograd.Function):
@@ -217,12 +211,9 @@ def test_contiguous_tensors_may_begin_anywhere(dtype):
     case = Case((5, 3, 7, 6, (8, 3)), "prelu", dtype)
     expected = case.results(functional)
 
-    def shifted(x):  # by one number: no pair of them is aligned
-        return torch.cat([x.new_zeros(1), x.detach().flatten()])[1:].view_as(x).requires_grad_()
-
-    case.query, case.keys = shifted(case.query), shifted(case.keys)
+    case.query, case.keys = begins_anywhere(case.query), begins_anywhere(case.keys)
     case.weights, case.biases, case.alphas = (
-        [shifted(x) for x in xs] for xs in (case.weights, case.biases, case.alphas)
+        [begins_anywhere(x) for x in xs] for xs in (case.weights, case.biases, case.alphas)
     )
     assert_same_bits(case.results(functional), expected)
 

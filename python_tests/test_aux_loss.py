@@ -349,7 +349,7 @@ def test_the_module_owns_its_scorer_and_backward_works_in_eval_mode():
 def test_a_scorer_may_run_in_lower_precision_under_autocast():
     scorer = nn.Bilinear(7, 7, 1)
     tensors = sequences(dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(tensors[0].device.type, dtype=torch.bfloat16):
         loss = functional.auxiliary_loss(
             *tensors, scorer=lambda h, e: nn.functional.linear(h * e, scorer.weight[:, 0]).squeeze(-1)
         )

@@ -38,7 +38,7 @@ inline DiceArguments read_dice_arguments(const Tensor& input, const Tensor& alph
     a.T = input.size(input.dim() - 2);
     a.C = input.size(input.dim() - 1);
     a.dtype = input.scalar_type();
-    a.compute_dtype = a.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    a.compute_dtype = ops::compute_dtype(a.dtype);
     a.eps = {eps, variance_eps};
     a.input = checked(input, "input", sizes_of(input), a.dtype, a.device);
     a.alpha = a.columns(alpha, "alpha");
