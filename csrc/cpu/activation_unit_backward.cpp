@@ -55,7 +55,7 @@ class UnitGradient {
         share_ = p_.shares + partition * p_.share_size;
         sums_ = p_.sums + partition * (4 * p_.total_width + 1);
         continued_ = p_.continued_sequence(partition);
-        continued_keys_ = p_.continued_keys + partition * p_.steps * p_.embedding_dim;
+        continued_keys_ = continued_ < 0 ? nullptr : p_.continued_keys + partition * p_.steps * p_.embedding_dim;
         tile_.select(tile);
     }
 
