@@ -233,6 +233,8 @@ def _logits_of(scorer: Scorer, states: Tensor, positives: Tensor, negatives: Ten
         logits = scorer(h, items)
         _checks.tensor("the scorer's result", logits)
         _checks.shape("the scorer's result", logits, [batch, _pairs(steps)], "[B, T-1]")
+        if not logits.is_floating_point():
+            raise ValueError(f"the scorer's result must be floating-point, got {logits.dtype}")
         scored.append(logits.to(_checks.compute_dtype(states.dtype)))  # autocast may have lowered it
     return torch.stack(scored, dim=1)
 

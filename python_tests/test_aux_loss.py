@@ -392,6 +392,11 @@ def test_a_scorer_may_run_in_lower_precision_under_autocast():
             RuntimeError,
             r"the scorer's result must have shape \[2, 2\] \[B, T-1\]",
         ),
+        (
+            dict(scorer=lambda h, e: (h * e).sum(-1).long()),
+            ValueError,
+            "the scorer's result must be floating-point, got torch.int64",
+        ),
         (dict(reduction="sum"), ValueError, "reduction must be one of 'paper', 'mean', 'authors', got 'sum'"),
     ],
 )
