@@ -211,6 +211,7 @@ def local_activation_unit(
     _check_arguments(query, keys, weights, biases, activation, alphas, running_means, running_vars, lengths, training)
     check_options(momentum, eps, variance_eps)
     _checks.number("scale", scale)
+    _checks.boolean("softmax", softmax)
     dice = activation == "dice"
     if dice and not training and not running_means and len(weights) > 1:
         raise ValueError("running_means and running_vars are needed where training=False, got none")
@@ -363,6 +364,7 @@ class LocalActivationUnit(nn.Module):
         super().__init__()
         _checks.one_of("activation", activation, ACTIVATIONS)
         _checks.number("scale", scale)
+        _checks.boolean("softmax", softmax)
         _checks.size("embedding_dim", embedding_dim)
         if not isinstance(hidden_sizes, Sequence):
             raise TypeError(f"hidden_sizes must be a sequence of ints, got {type(hidden_sizes).__name__}")
@@ -428,9 +430,16 @@ class LocalActivationUnit(nn.Module):
         _checks.rank("query", query, 2, 3)
         meaning = "[B, A]" if query.dim() == 2 else "[B, C, A]"
         _checks.shape("query", query, [*query.shape[:-1], self.query_size], meaning)
-        # PReLU takes the second axis for the channels.
-        projected: Tensor = self.query_projection(query.flatten(0, -2)).unflatten(0, query.shape[:-1])
-        return projected
+        rows = query.flatten(0, -2)  # PReLU takes the second axis for the channels
+        if _precision.autocast_dtype(query) is not None:
+            projected: Tensor = self.query_projection(rows)
+        else:
+            weight = self.query_projection[0].weight
+            assert isinstance(weight, Tensor)
+            _checks.parameters("query", query, **{"query_projection[0].weight": weight})
+            projected = self.query_projection(rows.to(weight.dtype)).to(query.dtype)
+        result: Tensor = projected.unflatten(0, query.shape[:-1])
+        return result
 
     def _check_submodules(self) -> None:
         """The unit reads its submodules' parameters and calls none of them: it must be what they would compute."""

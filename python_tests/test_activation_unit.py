@@ -290,6 +290,20 @@ def test_the_released_diens_query_projection(targets):
         unit(torch.zeros(2, 6, dtype=F64), torch.zeros(2, 4, 6, dtype=F64))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_float32_query_projection_takes_16_bit_queries(dtype):
+    unit = dien_ops.LocalActivationUnit(6, (8,), query_size=9)
+    query, keys = torch.randn(4, 3, 9).to(dtype), torch.randn(4, 7, 6).to(dtype)
+    twin = dien_ops.LocalActivationUnit(6, (8,))
+    twin.load_state_dict(unit.state_dict(), strict=False)
+    assert_close(
+        [unit(query, keys)], [twin(unit.query_projection(query.float().view(12, 9)).view(4, 3, 6).to(dtype), keys)], 0
+    )
+    message = r"query_projection\[0\].weight must have the dtype of query: expected torch.float64, got torch.float32"
+    with pytest.raises(ValueError, match=message):
+        unit(query.double(), keys.double())
+
+
 def test_the_modules_scale_is_that_of_the_equations():
     unit = dien_ops.LocalActivationUnit(4, (5,), softmax=True, scale=0.5, dtype=F64)
     twin = dien_ops.LocalActivationUnit(4, (5,), softmax=True, dtype=F64)
@@ -365,6 +379,7 @@ DICE = {"activation": "dice", "alphas": B[:1]}
         (ValueError, "eps must be finite and >= 0, got -1", {"eps": -1}),
         (ValueError, "variance_eps must be finite and >= 0, got -1", {"variance_eps": -1}),
         (TypeError, "scale must be a number, got str", {"scale": "1"}),
+        (TypeError, "softmax must be a bool, got str", {"softmax": "yes"}),
         (ValueError, r"query must have the dtype of keys", {"query": torch.zeros(2, 3).half()}),
         (ValueError, "weights must have at least one tensor", {"weights": [], "biases": []}),
         (ValueError, "biases must have 2 tensors with 2 weights .*, got 1", {"biases": B[:1]}),
@@ -471,6 +486,7 @@ def test_a_missing_submodule_is_refused(name, number):
         (TypeError, r"hidden_sizes\[0\] must be an int, got str", {"hidden_sizes": ("4",)}),
         (TypeError, "hidden_sizes must be a sequence of ints, got int", {"hidden_sizes": 80}),
         (TypeError, "scale must be a number, got NoneType", {"scale": None}),
+        (TypeError, "softmax must be a bool, got int", {"softmax": 1}),
         (ValueError, "query_size must be greater than zero, got 0", {"query_size": 0}),
     ],
 )
