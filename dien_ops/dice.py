@@ -197,7 +197,6 @@ def dice(
 def check_options(momentum: float, eps: float, variance_eps: float) -> None:
     """Raises TypeError for what is no number; ValueError for a momentum outside of [0, 1] or an eps below 0."""
     _checks.number("momentum", momentum)
-    _checks.number("eps", eps)
     if not 0.0 <= momentum <= 1.0:
         raise ValueError(f"momentum must be in [0, 1], got {momentum}")
     _checks.non_negative("eps", eps)
@@ -320,6 +319,7 @@ class Dice(nn.Module):
     ) -> None:
         super().__init__()
         _checks.size("num_features", num_features)
+        _checks.boolean("affine", affine)
         _checks.boolean("track_running_stats", track_running_stats)
         check_options(momentum, eps, variance_eps)
         factory = {"device": device, "dtype": dtype}
@@ -361,9 +361,8 @@ class Dice(nn.Module):
             variance_eps=self.variance_eps,
             lengths=lengths,
         )
-        if (
-            self.training and self.num_batches_tracked is not None
-        ):  # last: an error above leaves all buffers as they were
+        # Last: an error above leaves all buffers as they were.
+        if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return output
 

@@ -661,6 +661,7 @@ def test_without_eps_a_constant_channel_and_no_other_is_nan():
         (TypeError, "momentum must be a number, got NoneType", {"momentum": None}),
         (ValueError, r"momentum must be in \[0, 1\], got 5.0", {"momentum": 5.0}),
         (ValueError, r"momentum must be in \[0, 1\], got -0.1", {"momentum": -0.1}),
+        (TypeError, "affine must be a bool, got int", {"affine": 1}),
         (TypeError, "track_running_stats must be a bool, got int", {"track_running_stats": 1}),
     ],
 )
