@@ -13,19 +13,11 @@ import pytest
 import torch
 
 from bench import rivals_attention as rivals
-from bench.compiling import WithinSeconds
 from bench.results import Target
-from bench.rivals import from_a_graph
-from bench.rivals_attention import COMPILED, EAGER, Unit
+from bench.rivals_attention import COMPILED, Unit
 
 OURS = {"dien_ops": rivals.ours}
-FROM_A_GRAPH, EAGER_FROM_A_GRAPH = "dien_ops, graph", f"{EAGER}, graph"
-RIVALS = {
-    FROM_A_GRAPH: from_a_graph(rivals.ours),
-    EAGER: rivals.eager,
-    EAGER_FROM_A_GRAPH: from_a_graph(rivals.eager),
-    COMPILED: WithinSeconds(rivals.compiled, 60.0),
-}
+RIVALS = rivals.on_gpu()
 DTYPES = (torch.float32, torch.bfloat16)
 
 DIN = Unit(device="cuda")  # the released code's network
@@ -48,8 +40,7 @@ def rows(*problems: Unit):
 
 
 def measure(bench, p: Unit) -> None:
-    graphs = FROM_A_GRAPH, EAGER_FROM_A_GRAPH  # their memory is taken before the call
-    bench.measure(p, OURS, RIVALS, [Target(COMPILED, 1.0)], without_memory=[*graphs, COMPILED])
+    bench.measure(p, OURS, RIVALS, [Target(COMPILED, 1.0)], without_memory=rivals.WITHOUT_MEMORY_ON_GPU)
 
 
 @pytest.mark.parametrize("p", rows(*PROBLEMS))

@@ -14,19 +14,11 @@ import pytest
 import torch
 
 from bench import rivals_attention as rivals
-from bench.compiling import WithinSeconds
 from bench.results import Target
-from bench.rivals import from_a_graph
-from bench.rivals_attention import COMPILED, EAGER, Auxiliary, Bilinear
+from bench.rivals_attention import EAGER, Auxiliary, Bilinear
 
 OURS = {"dien_ops": rivals.ours}
-FROM_A_GRAPH, EAGER_FROM_A_GRAPH = "dien_ops, graph", f"{EAGER}, graph"
-RIVALS = {
-    FROM_A_GRAPH: from_a_graph(rivals.ours),
-    EAGER: rivals.eager,
-    EAGER_FROM_A_GRAPH: from_a_graph(rivals.eager),
-    COMPILED: WithinSeconds(rivals.compiled, 60.0),
-}
+RIVALS = rivals.on_gpu()
 DTYPES = torch.float32, torch.bfloat16
 
 # The shape of published DIEN benchmarks first: what a short run cannot reach stands last.
@@ -59,8 +51,7 @@ def rows(problems):
 
 
 def measure(bench, p, times: float) -> None:
-    graphs = FROM_A_GRAPH, EAGER_FROM_A_GRAPH  # their memory is taken before the call
-    bench.measure(p, OURS, RIVALS, [Target(EAGER, times)], without_memory=[*graphs, COMPILED])
+    bench.measure(p, OURS, RIVALS, [Target(EAGER, times)], without_memory=rivals.WITHOUT_MEMORY_ON_GPU)
 
 
 @pytest.mark.parametrize("p", rows(ATTENTION + SEVERAL))

@@ -9,17 +9,11 @@ from itertools import pairwise
 
 import torch
 
+from bench.gpu_precisions import PRECISIONS
 from dien_ops import functional
 
 # activation, Dice's statistics of the batch, softmax
 KINDS = (("sigmoid", False, True), ("prelu", False, False), ("dice", True, False), ("dice", False, True))
-PRECISIONS = {
-    "float64": (torch.float64, False),
-    "float32": (torch.float32, False),
-    "tf32": (torch.float32, True),
-    "bfloat16": (torch.bfloat16, False),
-    "float16": (torch.float16, False),
-}
 # B, C, T, D, hidden sizes
 SIZES = (
     (1, 1, 1, 1, ()),

@@ -8,15 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from bench.gpu_precisions import PRECISIONS
 from dien_ops import functional
 
-PRECISIONS = {
-    "float64": (torch.float64, False),
-    "float32": (torch.float32, False),
-    "tf32": (torch.float32, True),
-    "bfloat16": (torch.bfloat16, False),
-    "float16": (torch.float16, False),
-}
 # B, C (None: no axis of targets), T, H, A: a row in one pass and in several, tiles of 8 and of 32 targets, two blocks
 SIZES = (
     (1, None, 1, 1, 1), (3, None, 70, 36, 18), (5, 3, 9, 19, 5), (2, 4, 5, 140, 66), (3, 7, 70, 33, 5),

@@ -8,16 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from bench.gpu_precisions import PRECISIONS
 from dien_ops import functional
 
 GATES = ("none", "input", "replace", "paper", "authors")
-PRECISIONS = {
-    "float64": (torch.float64, False),
-    "float32": (torch.float32, False),
-    "tf32": (torch.float32, True),
-    "bfloat16": (torch.bfloat16, False),
-    "float16": (torch.float16, False),
-}
 SIZES = ((1, 1, 1, 1), (3, 5, 3, 5), (17, 3, 19, 33), (70, 2, 36, 36), (5, 3, 64, 128), (5, 2, 36, 257))  # B, T, I, H
 
 

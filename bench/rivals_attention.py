@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import compiling
-from bench.harness import Contestant
-from bench.rivals import compute
+from bench.harness import Contestant, Factory
+from bench.rivals import compute, from_a_graph
 from dien_ops import functional, reference
 
 EAGER, COMPILED = "eager", "torch.compile"  # as tables call them
@@ -113,6 +113,24 @@ def eager(p: Composed) -> Contestant:
 
 def compiled(p: Composed) -> Contestant:
     return compiling.compiled(lambda: contestant(p, torch.compile(p.composed, fullgraph=True, dynamic=False)))
+
+
+# On a GPU; "graph" is the same kernels without the host's work between them.
+OURS_FROM_A_GRAPH, EAGER_FROM_A_GRAPH = "dien_ops, graph", f"{EAGER}, graph"
+COMPILE_SECONDS = 60.0
+
+
+def on_gpu() -> dict[str, Factory]:
+    return {
+        OURS_FROM_A_GRAPH: from_a_graph(ours),
+        EAGER: eager,
+        EAGER_FROM_A_GRAPH: from_a_graph(eager),
+        COMPILED: compiling.WithinSeconds(compiled, COMPILE_SECONDS),
+    }
+
+
+# Whose memory is not that of a call: a graph's is taken before it.
+WITHOUT_MEMORY_ON_GPU = (OURS_FROM_A_GRAPH, EAGER_FROM_A_GRAPH, COMPILED)
 
 
 def valid_steps(lengths: Tensor, steps: int) -> Tensor:
