@@ -46,7 +46,7 @@ def _fake(
 
 
 def _padded(size: int, dtype: torch.dtype) -> int:
-    """Rows of hidden values are padded to whole 64 bytes (csrc/cpu/activation_unit.h)."""
+    """Rows of hidden values are padded to whole 64 bytes (csrc/common/activation_unit.h)."""
     step = 64 // dtype.itemsize
     return (size + step - 1) // step * step
 
