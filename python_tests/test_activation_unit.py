@@ -136,6 +136,13 @@ def test_softmax_scores_sum_to_one():
     assert_close([sums], [(case.lengths > 0).double().unsqueeze(1).expand(4, 3)])
 
 
+@pytest.mark.parametrize("sizes", [(9, 3, 20, 6, (7, 2)), (9, None, 20, 6, (7,))])
+def test_softmax_takes_no_notice_of_the_outputs_bias(sizes):
+    case = Case(sizes, "sigmoid", torch.float32, softmax=True)
+    (found,) = gradients(case.call(), [case.biases[-1]])
+    assert found == 0  # and not what rounding leaves of a sum of zero
+
+
 @pytest.mark.parametrize("activation", ["sigmoid", "prelu"])
 def test_several_targets_pool_as_one_at_a_time(activation):
     case = Case((5, 40, 9, 6, (7, 3)), activation)

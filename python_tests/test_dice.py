@@ -85,6 +85,17 @@ def test_output_gradients_and_moving_averages_are_those_of_the_equations(shape, 
     assert_close(*found)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("eps", "variance_eps"), [(0.0, 0.5), (0.25, 0.5), (0.25, 0.0)])
+def test_eps_is_added_to_the_deviation_and_variance_eps_to_the_variance(eps, variance_eps, training):
+    given, lengths = arguments((9, 7, 5)) | running(5), spread_lengths(9, 7)
+    options = {"training": training, "eps": eps, "variance_eps": variance_eps, "lengths": lengths}
+    expected = results(reference, given, **options)
+    assert_close(results(functional, given, **options), expected)
+    other = results(reference, given, **options | {"eps": variance_eps, "variance_eps": eps})
+    assert not torch.allclose(other[0], expected[0])
+
+
 @pytest.mark.parametrize("channels", [*range(1, 20), 32, 33, 64, 65, 96, 128, 129])
 def test_every_number_of_channels_works(channels):
     given = arguments((13, 3, channels))
