@@ -16,6 +16,7 @@ from helpers import (
     assert_close,
     gradients,
     leaf,
+    second_derivatives,
     spread_lengths,
     with_threads,
 )
@@ -192,7 +193,7 @@ def test_any_strides_are_accepted():
     ("activation", "training"), [("sigmoid", True), ("prelu", True), ("dice", True), ("dice", False)]
 )
 def test_first_and_second_derivatives_agree_with_finite_differences(activation, training, softmax):
-    case = Case((2, 2, 2, 1, (2, 1)), activation, training=training, softmax=softmax)
+    case = Case((2, 2, 2, 1, (2, 1)), activation, training=training, softmax=softmax, variance_eps=0.1)
     averages = {} if not training else {"running_means": [], "running_vars": []}
 
     def f(*tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,6 +204,18 @@ def test_first_and_second_derivatives_agree_with_finite_differences(activation, 
 
     torch.autograd.gradcheck(f, case.inputs)
     torch.autograd.gradgradcheck(f, case.inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_second_derivatives_of_16_bit_sequences_are_computed_in_float32(dtype):
+    wide = Case((3, 2, 5, 4, (6,)), "prelu", torch.float32)
+    low = copy.copy(wide)
+    low.query, low.keys = (leaf(*x.shape, dtype=dtype) for x in (wide.query, wide.keys))
+    wide.query, wide.keys = (x.detach().float().requires_grad_() for x in (low.query, low.keys))
+    found, expected = (second_derivatives(case.call(), case.inputs) for case in (low, wide))
+    assert [x.dtype for x in found] == [dtype, dtype, *[torch.float32] * 5]
+    assert_close(found[:2], [x.to(dtype) for x in expected[:2]], torch.finfo(dtype).eps)
+    assert_close(found[2:], expected[2:], 1e-5)
 
 
 @pytest.mark.parametrize(("activation", "training"), [("sigmoid", True), ("dice", True), ("dice", False)])

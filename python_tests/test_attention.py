@@ -20,6 +20,7 @@ from helpers import (
     leaf,
     rounded_to_tf32,
     run_python,
+    second_derivatives,
     spread_lengths,
     with_threads,
 )
@@ -240,6 +241,17 @@ def test_first_and_second_derivatives_agree_with_finite_differences(sizes):
 
     torch.autograd.gradcheck(f, arguments(sizes))
     torch.autograd.gradgradcheck(f, arguments(sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_second_derivatives_of_16_bit_states_are_computed_in_float32(dtype):
+    states, target, weight = arguments((3, 4, 5, 6, 2), dtype)
+    low = [states, target, weight.detach().float().requires_grad_()]
+    wide = [x.detach().float().requires_grad_() for x in low]
+    found, expected = (second_derivatives([functional.bilinear_attention(*x)], x) for x in (low, wide))
+    assert [x.dtype for x in found] == [dtype, dtype, torch.float32]
+    assert_close(found[:2], [x.to(dtype) for x in expected[:2]], torch.finfo(dtype).eps)
+    assert_close(found[2:], expected[2:], 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -20,6 +20,7 @@ from helpers import (
     gradients,
     leaf,
     run_python,
+    second_derivatives,
     spread_lengths,
     with_threads,
 )
@@ -277,6 +278,14 @@ def test_derivatives_pass_gradcheck(reduction):
     tensors = sequences(3, 4, 3)
     assert gradcheck(loss, tensors)
     assert gradgradcheck(loss, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_second_derivatives_in_16_bits_are_computed_in_float32(dtype):
+    low = sequences(3, 4, 5, dtype=dtype)
+    wide = [x.detach().float().requires_grad_() for x in low]
+    found, expected = (second_derivatives([functional.auxiliary_loss(*x, reduction="mean")], x) for x in (low, wide))
+    assert_close(found, [x.to(dtype) for x in expected], torch.finfo(dtype).eps)
 
 
 def test_derivatives_of_a_scorer_pass_gradgradcheck():

@@ -20,6 +20,7 @@ from helpers import (
     gradients,
     leaf,
     run_python,
+    second_derivatives,
     spread_lengths,
     with_threads,
 )
@@ -250,12 +251,31 @@ def test_first_and_second_derivatives_agree_with_finite_differences(affine, trai
     def f(*tensors: Tensor) -> Tensor:
         averages = {} if training else running(3)
         return functional.dice(
-            **dict(zip(names, tensors, strict=True)), **averages, training=training, eps=1e-2, lengths=lengths
+            **dict(zip(names, tensors, strict=True)),
+            **averages,
+            training=training,
+            eps=1e-2,
+            variance_eps=0.1,
+            lengths=lengths,
         )
 
     inputs = [given[name] for name in names]
     torch.autograd.gradcheck(f, inputs)
     torch.autograd.gradgradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", LOW[1:], ids=str)
+def test_second_derivatives_of_16_bit_input_are_computed_in_float32(dtype, training):
+    low = arguments((9, 5), dtype=torch.float32) | {"input": leaf(9, 5, dtype=dtype)}
+    wide = {k: v.detach().float().requires_grad_() for k, v in low.items()}
+    averages = {} if training else running(5, torch.float32)
+    found, expected = (
+        second_derivatives([functional.dice(**x, **averages, training=training)], list(x.values())) for x in (low, wide)
+    )
+    assert [x.dtype for x in found] == [dtype, *[torch.float32] * 3]
+    assert_close(found[:1], [expected[0].to(dtype)], torch.finfo(dtype).eps)
+    assert_close(found[1:], expected[1:], 1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
