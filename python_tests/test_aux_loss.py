@@ -151,6 +151,14 @@ def test_under_autocast_two_16_bit_formats_meet_in_float32():
     assert torch.equal(loss, functional.auxiliary_loss(*(x.float() for x in mixed)))
 
 
+@EVERY_REDUCTION
+def test_more_pairs_than_one_block_adds_at_once(reduction):
+    # the CUDA kernels' blocks take 256 pairs each, and the last one has 256 threads for their sums
+    tensors, lengths = sequences(300, 230, 1), spread_lengths(300, 230)
+    options = dict(lengths=lengths, reduction=reduction, scorer=lambda h, e: (h * e).sum(-1))
+    assert_close(results(functional, tensors, **options), results(reference, tensors, **options), 1e-11)
+
+
 # --------------------------------------------------------------------------------------------------------- properties
 
 
@@ -256,6 +264,18 @@ def test_tiny_losses_keep_their_relative_precision():
         loss = functional.auxiliary_loss(torch.ones_like(items), items, -items)
         expected = torch.tensor(2 * math.log1p(math.exp(-x)), dtype=torch.float64)
         torch.testing.assert_close(loss, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("scorer", ["inner", "function"])
+def test_tiny_gradients_keep_their_relative_precision(scorer):
+    """sigmoid(-x) is exp(-x) far out, where 1 - sigmoid(x) is 0."""
+    scorer = "inner" if scorer == "inner" else lambda h, e: (h * e).sum(-1)
+    for x in range(0, 81, 3):
+        items = [torch.full((1, 2, 1), float(y), dtype=torch.float64, requires_grad=True) for y in (x, -x)]
+        loss = functional.auxiliary_loss(torch.ones(1, 2, 1, dtype=torch.float64), *items, scorer=scorer)
+        found = torch.stack([g[0, 1, 0] for g in torch.autograd.grad(loss, items)])
+        expected = torch.tensor([-1.0, 1.0], dtype=torch.float64) / (1 + math.exp(x))
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
 
 
 def test_any_strides_and_integer_types_are_accepted():
