@@ -109,6 +109,15 @@ def test_large_and_odd_sizes(sizes, activation, training, softmax):
     assert_close(case.results(functional), case.results(reference))
 
 
+@EVERY_KIND
+def test_more_tiles_than_the_backward_has_blocks(activation, training, softmax, set_executor):
+    # with so little shared memory a tile is 16 steps, and 264 blocks take some 300 tiles
+    set_executor(shared_bytes=20480)
+    case = Case((600, 2, 9, 17, (3,)), activation, training=training, softmax=softmax)
+    case.lengths = 7 + torch.arange(600) % 3
+    assert_close(case.results(functional), case.results(reference))
+
+
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize(("activation", "training"), [("sigmoid", True), ("dice", True)])
 def test_large_layers_in_low_precision(activation, training, dtype, tf32):
@@ -160,8 +169,8 @@ def test_what_does_not_fit_on_the_chip_is_computed_all_the_same(
     activation, training, softmax, shared_bytes, dtype, set_executor
 ):
     # 16 rows of the first layer's inputs in float64: 26 KB
-    case = small_weights(Case((4, 3, 7, 66, (50, 20)), activation, dtype, training=training, softmax=softmax))
-    set_executor(shared_bytes=shared_bytes)
+    case = small_weights(Case((4, 6, 7, 66, (50, 20)), activation, dtype, training=training, softmax=softmax))
+    set_executor(shared_bytes=shared_bytes, multiprocessors=1)  # so few that a block takes several targets
     if dtype == F64:
         return assert_close(case.results(functional), case.results(reference))
     draw = case.results(functional), case.results(reference), case.to(F64).results(reference)
@@ -179,6 +188,18 @@ def test_memory_that_nobody_wrote_is_never_read(activation, training, softmax, s
     finally:
         torch.use_deterministic_algorithms(False)
     assert_close(results, case.results(reference))
+
+
+def test_what_the_forward_keeps_is_zero_where_no_row_is():
+    case = Case((4, 3, 7, 5, (9, 2)), "dice", torch.float32)
+    given = case.query, case.keys, case.weights, case.biases, case.alphas, [], [], case.lengths
+    torch.use_deterministic_algorithms(True)  # fills memory that nobody wrote with NaN
+    try:
+        *_, hidden = torch.ops.dien_ops.local_activation_unit(*given, "dice", 1e-3, 0.0, False, False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    rows = 3 * int(case.lengths.sum())
+    assert hidden.isfinite().all() and hidden.count_nonzero() == rows * (9 + 2)
 
 
 # ------------------------------------------------------------------------------------------ in whatever order threads run
