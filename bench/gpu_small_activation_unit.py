@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 
-from bench.gpu_precisions import PRECISIONS
+from bench import small_cases
+from bench.small_cases import PRECISIONS, check_finite
 from dien_ops import functional
 
 # activation, Dice's statistics of the batch, softmax
@@ -40,7 +42,7 @@ def cases() -> Iterator[Case]:
     for precision in PRECISIONS:
         for i, sizes in enumerate(SIZES):
             yield Case(precision, *KINDS[i % len(KINDS)], sizes, lengths=i % 2 == 0)
-        for kind in KINDS[1:]:  # the first has its turn above
+        for kind in KINDS[1:]:  # the first kind has had it
             yield Case(precision, *kind, SIZES[4], lengths=True)
 
 
@@ -49,9 +51,7 @@ def run(case: Case, device: str) -> None:
     dtype, torch.backends.cuda.matmul.allow_tf32 = PRECISIONS[case.precision]
     batch, targets, steps, dim, hidden = case.sizes
 
-    def leaf(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device=device).uniform_(-0.5, 0.5).to(dtype).requires_grad_()
-
+    leaf = partial(small_cases.leaf, device, dtype)
     dice = case.activation == "dice"
     widths = [4 * dim, *hidden, 1]
     query, keys = leaf(batch, targets, dim), leaf(batch, steps, dim)
@@ -71,5 +71,4 @@ def run(case: Case, device: str) -> None:
     )  # fmt: skip
     leaves = [query, keys, *weights, *biases, *alphas]
     grads = torch.autograd.grad([pooled.sum(), scores.sum()], leaves)
-    if not all(result.isfinite().all() for result in (pooled, scores, *grads)):
-        raise FloatingPointError(f"{case} has results that are not finite")
+    check_finite(case, (pooled, scores, *grads))

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from bench.gpu_precisions import PRECISIONS
+from bench import small_cases
+from bench.small_cases import PRECISIONS, check_finite
 from dien_ops import functional
 
 # B, C (None: no axis of targets), T, H, A: a row in one pass and in several, tiles of 8 and of 32 targets, two blocks
@@ -39,9 +41,7 @@ def run(case: Case, device: str) -> None:
     dtype, torch.backends.cuda.matmul.allow_tf32 = PRECISIONS[case.precision]
     batch, targets, steps, hidden, size = case.sizes
 
-    def leaf(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device=device).uniform_(-0.5, 0.5).to(dtype).requires_grad_()
-
+    leaf = partial(small_cases.leaf, device, dtype)
     states = leaf(steps, batch, hidden) if case.time_first else leaf(batch, steps, hidden)
     target = leaf(batch, *([] if targets is None else [targets]), size)
     leaves = [states, target, leaf(hidden, size)]
@@ -49,5 +49,4 @@ def run(case: Case, device: str) -> None:
     read = states.transpose(0, 1) if case.time_first else states
     scores = functional.bilinear_attention(read, *leaves[1:], lengths=lengths)
     grads = torch.autograd.grad(scores, leaves, torch.rand_like(scores))
-    if not all(result.isfinite().all() for result in (scores, *grads)):
-        raise FloatingPointError(f"{case} has results that are not finite")
+    check_finite(case, (scores, *grads))

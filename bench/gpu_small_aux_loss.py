@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.small_cases import check_finite, leaf
 from dien_ops import functional
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -42,12 +43,9 @@ def function(states: Tensor, items: Tensor) -> Tensor:
 def run(case: Case, device: str) -> None:
     """Raises FloatingPointError: a result is not finite."""
     batch, steps, _ = case.sizes
-    leaves = [
-        torch.empty(case.sizes, device=device).uniform_(-0.5, 0.5).to(case.dtype).requires_grad_() for _ in range(3)
-    ]
+    leaves = [leaf(device, case.dtype, *case.sizes) for _ in range(3)]
     lengths = torch.arange(batch, device=device) % (steps + 1) if case.lengths else None
     scorer = function if case.scorer == "function" else case.scorer
     loss = functional.auxiliary_loss(*leaves, lengths=lengths, scorer=scorer, reduction=case.reduction)
     grads = torch.autograd.grad(loss, leaves)
-    if not all(result.isfinite().all() for result in (loss, *grads)):
-        raise FloatingPointError(f"{case} has results that are not finite")
+    check_finite(case, (loss, *grads))

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from bench import small_cases
+from bench.small_cases import check_finite
 from dien_ops import functional
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -35,9 +38,7 @@ def run(case: Case, device: str) -> None:
     """Raises FloatingPointError: a result is not finite."""
     channels = case.shape[-1]
 
-    def leaf(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device=device).uniform_(-0.5, 0.5).to(case.dtype).requires_grad_()
-
+    leaf = partial(small_cases.leaf, device, case.dtype)
     s, leaves = leaf(*case.shape), [leaf(channels) for _ in range(3 if case.affine else 1)]
     averages = [torch.zeros(channels, device=device), torch.ones(channels, device=device)]
     if case.dtype == torch.float64:
@@ -46,5 +47,4 @@ def run(case: Case, device: str) -> None:
     alpha, *affine = leaves
     output = functional.dice(s, alpha, *averages, *affine, training=case.training, eps=1e-3, lengths=lengths)
     grads = torch.autograd.grad(output.sum(), [s, *leaves])
-    if not all(result.isfinite().all() for result in (output, *grads, *averages)):
-        raise FloatingPointError(f"{case} has results that are not finite")
+    check_finite(case, (output, *grads, *averages))

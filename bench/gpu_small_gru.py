@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from bench.gpu_precisions import PRECISIONS
+from bench import small_cases
+from bench.small_cases import PRECISIONS, check_finite
 from dien_ops import functional
 
 GATES = ("none", "input", "replace", "paper", "authors")
@@ -43,9 +45,7 @@ def run(case: Case, device: str) -> None:
     dtype, torch.backends.cudnn.allow_tf32 = PRECISIONS[case.precision]
     batch, steps, features, hidden = case.sizes
 
-    def leaf(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device=device).uniform_(-0.5, 0.5).to(dtype).requires_grad_()
-
+    leaf = partial(small_cases.leaf, device, dtype)
     rows = [batch] if case.targets is None else [batch, case.targets]
     x = leaf(*([batch, steps] if case.batch_first else [steps, batch]), features)
     a = leaf(*([*rows, steps] if case.batch_first else [steps, *rows]))
@@ -60,5 +60,4 @@ def run(case: Case, device: str) -> None:
         leaves.insert(1, a)
         output, h_n = functional.attentional_gru(*leaves, gate=case.gate, **options)
     grads = torch.autograd.grad([output.sum(), h_n.sum()], leaves)
-    if not all(result.isfinite().all() for result in (output, h_n, *grads)):
-        raise FloatingPointError(f"{case} has results that are not finite")
+    check_finite(case, (output, h_n, *grads))
