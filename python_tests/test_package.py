@@ -293,6 +293,8 @@ def test_the_readmes_examples_run():
             block.replace("torch.compile(fast, fullgraph=True)", "fast"), names
         )  # compiled elsewhere, in no compiler's time
     assert names["output"].shape == (128, 50, 36) and names["interest"].shape == (1, 1, 200, 36)
+    assert names["pooled"].shape == (128, 36) and names["activation"].num_features == 200
+    assert torch.equal(names["unit"].layers[2].weight, names["layers"][2].weight)
     assert names["evolution"].gate == "authors" and names["inputs"]["W"].shape == (108, 36)
     assert names["items"].counts[[0, 3, 7]].tolist() == [0, 1, 2]
 
