@@ -7,11 +7,13 @@ one line per operator and exits with code 1, naming the operators, where a resul
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,10 +146,23 @@ def _gpus() -> list[torch.device]:
     return [device for device in devices if not _library.gpu_problem(device)]
 
 
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    settings: tuple[Any, ...] = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [x.fp32_precision for x in settings]
+    try:
+        for x in settings:
+            x.fp32_precision = "ieee"
+        yield
+    finally:
+        for x, precision in zip(settings, before, strict=True):
+            x.fp32_precision = precision
+
+
 def error_of(check: Check, dtype: torch.dtype, device: torch.device) -> float:
     """The largest difference to the float64 reference, relative to the largest value; inf where one is not finite."""
     gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus), device, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.random.fork_rng(devices=gpus), device, _without_tf32():
         torch.manual_seed(0)
         exact = check(reference, torch.float64)
         torch.manual_seed(0)
