@@ -6,11 +6,11 @@
 
 namespace dien_ops::cuda {
 
-// Carves a block's part of a workspace in global memory as an Arena does shared memory.
+// Carves a block's part of a workspace in global memory as an Arena does shared memory; of an absent one nothing is taken.
 class GlobalArena {
   public:
     DIEN_OPS_DEVICE GlobalArena(const gmem<unsigned char>& workspace, int64_t bytes_per_block)
-        : next_(workspace.ptr + block_index() * bytes_per_block) {}
+        : next_(workspace ? workspace.sub(block_index() * bytes_per_block, bytes_per_block).ptr : nullptr) {}
     template <typename T>
     DIEN_OPS_DEVICE gmem<T> take(int n, const char* name) {
         T* const ptr = reinterpret_cast<T*>(next_);
