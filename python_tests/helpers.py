@@ -55,6 +55,11 @@ def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance
         assert error <= tolerance, f"result {i} differs by {error:.2e}, allowed {tolerance:.0e}"
 
 
+def assert_same_bits(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert torch.equal(a, e), f"result {i}"
+
+
 def assert_at_most_twice_torchs_error(
     draws: Iterable[tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]],
 ) -> None:

@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from dien_ops import _precision, functional, reference
-from helpers import assert_at_most_twice_torchs_error, assert_close, begins_anywhere, rounded_to_tf32
+from helpers import (
+    assert_at_most_twice_torchs_error,
+    assert_close,
+    assert_same_bits,
+    begins_anywhere,
+    rounded_to_tf32,
+)
 from unit_cases import F64, Case
 
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
@@ -29,11 +35,6 @@ EVERY_KIND = pytest.mark.parametrize(("activation", "training", "softmax"), KIND
 def tf32(monkeypatch):
     """float32 means tf32."""
     monkeypatch.setattr(_precision, "allow_tf32", lambda tensor, backend: tensor.dtype == torch.float32)
-
-
-def assert_same_bits(actual, expected):
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        assert torch.equal(a, e), f"result {i}"
 
 
 def small_weights(case: Case) -> Case:

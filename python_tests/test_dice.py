@@ -16,6 +16,7 @@ from dien_ops import functional, reference
 from helpers import (
     assert_at_most_twice_torchs_error,
     assert_close,
+    assert_same_bits,
     begins_anywhere,
     gradients,
     leaf,
@@ -58,11 +59,6 @@ def running(channels: int, dtype: torch.dtype = F64) -> dict[str, Tensor]:
 def here(x: object) -> object:
     """What was made when this file was read, on the device of the tests."""
     return x.to(torch.get_default_device()) if isinstance(x, Tensor) and x.device.type == "cpu" else x
-
-
-def assert_same_bits(actual, expected) -> None:
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        assert torch.equal(a, e), f"result {i}"
 
 
 def results(module, arguments: dict[str, Tensor], **options) -> list[Tensor]:

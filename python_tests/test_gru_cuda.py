@@ -24,7 +24,14 @@ from gru_cases import (
     check_all_partial_vectors,
     check_saturation_and_nan,
 )
-from helpers import assert_at_most_twice_torchs_error, assert_close, begins_anywhere, rounded_to_tf32, run_python
+from helpers import (
+    assert_at_most_twice_torchs_error,
+    assert_close,
+    assert_same_bits,
+    begins_anywhere,
+    rounded_to_tf32,
+    run_python,
+)
 
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
 
@@ -35,11 +42,6 @@ LOW = [torch.float32, torch.bfloat16, torch.float16]
 def tf32(monkeypatch):
     """float32 means tf32."""
     monkeypatch.setattr(_precision, "allow_tf32", lambda input, backend: input.dtype == torch.float32)
-
-
-def assert_same_bits(actual, expected):
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        assert torch.equal(a, e), f"result {i}"
 
 
 # --------------------------------------------------------------------------------------------------------------- tf32
