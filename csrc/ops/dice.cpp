@@ -18,14 +18,15 @@ using cpu::DiceProblem;
 // The pointers are borrowed from the arguments. `columns` is memory that the problem's user keeps: see columns_of.
 template <typename S>
 DiceProblem<S> problem(const DiceArguments& a, const std::vector<int64_t>& lengths) {
-    // Large enough that a block's sums are small beside it, small enough for the second cache and to share out to threads.
-    constexpr int64_t kValuesPerBlock = 16384, kFewestRows = 64;
+    // Large enough that a block's sums are small beside it, small enough to share out to threads. One thread joins the sums.
+    constexpr int64_t kValuesPerBlock = 16384, kFewestRows = 64, kMostBlocks = 128;
     DiceProblem<S> p{};
     p.batch = a.B, p.steps = a.T, p.channels = a.C;
     p.lengths = lengths.data();
     p.count = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
     p.fold = cpu::dice_fold(a.C);
-    const int64_t rows = std::max(kValuesPerBlock / std::max<int64_t>(a.C, 1), kFewestRows);
+    const int64_t rows =
+        std::max({kValuesPerBlock / std::max<int64_t>(a.C, 1), kFewestRows, divide_up(a.B * a.T, kMostBlocks)});
     p.rows_per_block = divide_up(rows, p.fold) * p.fold;
     p.eps = a.eps;
     p.input = pointer<S>(a.input);
