@@ -26,9 +26,9 @@ def rows(*problems_and_targets):
     return [pytest.param(problem, targets, id=problem.name) for problem, *targets in problems_and_targets]
 
 
-def measure(bench, p: Activation, targets, ours=OURS, others=RIVALS) -> None:
+def measure(bench, p: Activation, targets, ours=OURS, others=RIVALS, with_memory: bool = True) -> None:
     absent = {name: "left out of a quick run" for name in others if bench.quick and name.startswith(COMPILED)}
-    small = replace(p, rows=4)
+    small = replace(p, rows=4) if with_memory else None
     others = {name: factory for name, factory in others.items() if name not in absent}
     compiled = [name for name in others if name.startswith(COMPILED)]
     bench.measure(p, ours, others, targets, absent=absent, memory=small, without_memory=compiled)
@@ -66,4 +66,4 @@ def test_dice_bfloat16(bench, p, targets, backward):
         f"{name}, bfloat16": rivals.in_dtype(factory, torch.bfloat16) for name, factory in RIVALS.items()
     }
     ours = {"dien_ops, bfloat16": rivals.in_dtype(rivals.ours, torch.bfloat16)}
-    measure(bench, replace(p, backward=backward), targets, ours, others)
+    measure(bench, replace(p, backward=backward), targets, ours, others, with_memory=False)  # no factory has a name
