@@ -59,21 +59,31 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
         "Tensor? lengths, bool batch_statistics, float eps, float variance_eps) "
         "-> (Tensor grad_input, Tensor grad_alpha, Tensor grad_weight, Tensor grad_bias)");
 
-    // embedding: one update of the rows that ids [N] name, each once, by the sum of its gradient rows grad [N, D] plus
-    // (l2 / n_j) w_j; rows equal to padding_idx are left alone
+    // embedding: one update of several tables, by the mini-batch of each: rows ids [N] of the table, each once, by the sum of
+    // its gradient rows grads [N, D]. Every list has one entry of each table; counts, seeds, momentum_buffers, decayed and
+    // log_decays may be empty. State is float32 where weights are 16-bit. padding_idx: -1 for none. seeds: 16-bit weights are
+    // rounded stochastically. decay: mini_batch_aware | decoupled | lazy, which alone takes decayed and log_decays. nonfinite:
+    // propagate | skip | error. grad_scale [1] divides the gradients; nothing changes where found_inf [1] is not 0
     m.def(
-        "mba_sgd_(Tensor(a!) weight, Tensor(b!)? momentum_buffer, Tensor ids, Tensor grad, Tensor? counts, int? padding_idx, "
-        "float lr, float l2, float momentum) -> ()");
+        "mba_sgd_(Tensor(a!)[] weights, Tensor(b!)[] momentum_buffers, Tensor(c!)[] decayed, Tensor[] ids, Tensor[] grads, "
+        "Tensor[] counts, int[] padding_idx, int[] seeds, float[] log_decays, Tensor? grad_scale, Tensor? found_inf, str "
+        "decay, "
+        "str nonfinite, bool check_ids, float lr, float l2, float momentum) -> ()");
     m.def(
-        "mba_adagrad_(Tensor(a!) weight, Tensor(b!) state_sum, Tensor ids, Tensor grad, Tensor? counts, int? padding_idx, "
+        "mba_adagrad_(Tensor(a!)[] weights, Tensor(b!)[] state_sums, Tensor[] ids, Tensor[] grads, Tensor[] counts, "
+        "int[] padding_idx, int[] seeds, Tensor? grad_scale, Tensor? found_inf, str decay, str nonfinite, bool check_ids, "
         "float lr, float l2, float eps) -> ()");
     m.def(
-        "mba_rowwise_adagrad_(Tensor(a!) weight, Tensor(b!) state_sum, Tensor ids, Tensor grad, Tensor? counts, "
-        "int? padding_idx, float lr, float l2, float eps) -> ()");
+        "mba_rowwise_adagrad_(Tensor(a!)[] weights, Tensor(b!)[] state_sums, Tensor[] ids, Tensor[] grads, Tensor[] counts, "
+        "int[] padding_idx, int[] seeds, Tensor? grad_scale, Tensor? found_inf, str decay, str nonfinite, bool check_ids, "
+        "float lr, float l2, float eps) -> ()");
     m.def(
-        "mba_adam_(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor ids, Tensor grad, "
-        "Tensor? counts, int? padding_idx, float lr, float l2, float beta1, float beta2, float eps) -> ()");
-    m.def("mba_check(Tensor weight, Tensor ids, Tensor grad, Tensor? counts, int? padding_idx) -> ()");
+        "mba_adam_(Tensor(a!)[] weights, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor[] ids, "
+        "Tensor[] grads, Tensor[] counts, int[] padding_idx, int[] seeds, Tensor? grad_scale, Tensor? found_inf, str decay, "
+        "str nonfinite, bool check_ids, float lr, float l2, float beta1, float beta2, float eps) -> ()");
+    m.def(
+        "mba_check(Tensor[] weights, Tensor[] ids, Tensor[] grads, Tensor[] counts, int[] padding_idx, str nonfinite, "
+        "bool check_ids) -> ()");
 
     // aux_loss: over pairs of a state and the next step's items. reduction: paper | mean | authors. logits [B, 2, max(T - 1,
     // 0)] of the clicked and the sampled items; inner: they are the inner products, kept for the backward
