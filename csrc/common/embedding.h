@@ -72,6 +72,7 @@ struct RowwiseAdagradRule {
 
 struct AdamRule {
     double lr, beta1, beta2, eps;
+    double log_beta1, log_beta2;  // what beta^t is computed from
 };
 
 // Adam for a row's update number t.

@@ -1,72 +1,82 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sparse updates of an embedding table with mini-batch aware L2 (DIN eq. 7). Kernels: raw pointers, no allocation.
-// D embedding dimension, N gradient rows of the mini-batch, S distinct ids among them.
+// Sparse updates of an embedding table with mini-batch aware L2 (DIN eq. 7). Kernels: raw pointers, a range to work on.
+// D embedding dimension, N gradient rows of the mini-batch. S is how weights and gradients are stored, T = Compute<S> what is
+// computed in and what the rules keep of the past.
 #pragma once
 
 #include <cstdint>
 
+#include "common/embedding.h"
+#include "common/number.h"
 #include "cpu/capability.h"
 
 namespace dien_ops::cpu {
 
-// One distinct id of the mini-batch.
+// One distinct id of the mini-batch. Its gradient rows are those at positions[first] .. positions[the next segment's first -
+// 1], at least one; behind the last segment stands one that only says where it ends.
 template <typename T>
 struct Segment {
-    int64_t row;    // of the table
-    int64_t first;  // its gradient rows are gradient_rows[first] .. gradient_rows[first + count - 1], count >= 1
-    int64_t count;
-    T decay;  // l2 / n_j
+    int64_t row;  // of the table
+    int64_t first;
+    RowDecay<T> decay;
 };
 
 // What an update reads and writes, whatever its rule.
-template <typename T>
+template <typename S>
 struct TableUpdate {
-    const Segment<T>* segments;     // [S], each row of the table at most once
-    const T* const* gradient_rows;  // [N] pointers to [D]
-    T* weight;                      // [num_embeddings, D]
-    int64_t dim;                    // D
+    const Segment<Compute<S>>* segments;  // each row of the table at most once
+    const int64_t* positions;             // of gradient rows in the mini-batch: 0 .. N - 1
+    const S* grads;                       // [N, D]
+    Compute<S> grad_scale;                // divides the gradients
+    const int64_t* summed;                // [L], ascending: the segments whose gradient rows are summed already ..
+    const Compute<S>* sums;               // [L, D]: .. to this
+    int64_t num_summed;                   // L
+    S* weight;                            // [num_embeddings, D]
+    int64_t dim;                          // D
+    double* decayed;                      // [num_embeddings], set to log_decay, or null (common/embedding.h)
+    double log_decay;
+    bool stochastic;  // how weights of 16 bits are rounded; otherwise to the nearest, ties to even
+    int64_t seed;
 };
 
-// The rules. g is a row's summed gradient plus decay * w; each names what it does to that row, and nothing else is touched.
+// The rules with their state; see common/embedding.h. Each names what it does to a row, and nothing else is touched.
 
-// w -= lr g; with a momentum buffer b: b = momentum b + g, w -= lr b
 template <typename T>
 struct Sgd {
+    SgdRule<T> rule;
     T* momentum_buffer;  // [num_embeddings, D] or null
-    T lr, momentum;
 };
 
-// s += g^2, w -= lr g / (sqrt(s) + eps)
 template <typename T>
 struct Adagrad {
+    AdagradRule<T> rule;
     T* state_sum;  // [num_embeddings, D]
-    T lr, eps;
 };
 
-// s += mean(g^2), w -= lr g / (sqrt(s) + eps): one number per row
 template <typename T>
 struct RowwiseAdagrad {
+    RowwiseAdagradRule<T> rule;
     T* state_sum;  // [num_embeddings]
-    T lr, eps;
 };
 
-// t += 1, m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2,
-// w -= lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps): t counts the row's own updates
 template <typename T>
 struct Adam {
+    AdamRule rule;
     T* exp_avg;     // [num_embeddings, D]
     T* exp_avg_sq;  // [num_embeddings, D]
-    int64_t* step;  // [num_embeddings]
-    double lr, beta1, beta2, eps;
-    double log_beta1, log_beta2;  // what beta^t is computed from
+    int64_t* step;  // [num_embeddings], t: counts the row's own updates
 };
 
-// sum[D] = rows[0] + rows[1] + ... + rows[count - 1], in this order; count >= 1.
-template <Capability C, typename T>
-void sum_gradient_rows(const T* const* rows, int64_t count, int64_t dim, T* sum);
+// sum [D] = the rows [., D] at positions[0] + .. + positions[count - 1], in this order; count >= 1.
+template <Capability C, typename S>
+void sum_rows(const S* rows, const int64_t* positions, int64_t count, int64_t dim, Compute<S>* sum);
+
+// Whether none of the n numbers is infinite or NaN.
+template <Capability C, typename S>
+bool all_finite(const S* numbers, int64_t n);
 
 // Updates the rows of the segments begin .. end - 1.
-template <Capability C, typename T, template <typename> class Rule>
-void update_rows(const TableUpdate<T>& update, const Rule<T>& rule, int64_t begin, int64_t end);
+template <Capability C, typename S, template <typename> class Rule>
+void update_rows(const TableUpdate<S>& update, const Rule<Compute<S>>& rule, int64_t begin, int64_t end);
 
 }  // namespace dien_ops::cpu

@@ -165,7 +165,17 @@ inline DecayRule read_decay_rule(const std::string& decay, double lr, double l2,
     check(lazy == !decayed.empty() || a.tables.empty(), "decayed must be given with decay=lazy, and only with it");
     check(lazy == !log_decays.empty() || a.tables.empty(), "log_decays must be given with decay=lazy, and only with it");
     if (lazy) a.check_state(decayed, "decayed", ScalarType::Double, true);
+    for (const TableArguments& t : a.tables) check(!lazy || !t.counts.has_value(), t.name, "decay=lazy takes no counts");
     return rule;
+}
+
+inline void check_momentum_buffers(const EmbeddingArguments& a, const DecayRule& decay, const Tensors& momentum_buffers,
+                                   double momentum) {
+    const bool given = !momentum_buffers.empty();
+    check(given || momentum == 0 || a.tables.empty(),
+          "momentum_buffer must be given where momentum is not 0, got momentum=", momentum);
+    check(!given || decay.mode != Decay::lazy, "decay=lazy takes no momentum");
+    if (given) a.check_state(momentum_buffers, "momentum_buffer", a.state_dtype());
 }
 
 }  // namespace dien_ops::ops
