@@ -37,14 +37,20 @@ struct DecayRule {
     }
 };
 
+// The rules. V is T or a vector of it.
+
 template <typename T>
 struct SgdRule {
     T lr, momentum;
 
-    DIEN_OPS_HOST_DEVICE T step(T g) const { return lr * g; }
-    DIEN_OPS_HOST_DEVICE T step(T g, T& buffer) const {
-        buffer = momentum * buffer + g;
-        return lr * buffer;
+    template <typename V>
+    DIEN_OPS_HOST_DEVICE V step(V g) const {
+        return V(lr) * g;
+    }
+    template <typename V>
+    DIEN_OPS_HOST_DEVICE V step(V g, V& buffer) const {
+        buffer = V(momentum) * buffer + g;
+        return V(lr) * buffer;
     }
 };
 
@@ -53,9 +59,10 @@ struct AdagradRule {
     T lr, eps;
 
     // state_sum: of this number.
-    DIEN_OPS_HOST_DEVICE T step(T g, T& state_sum) const {
+    template <typename V>
+    DIEN_OPS_HOST_DEVICE V step(V g, V& state_sum) const {
         state_sum += g * g;
-        return lr * g / (T(sqrt(state_sum)) + eps);
+        return V(lr) * g / (V(sqrt(state_sum)) + V(eps));
     }
 };
 
@@ -90,10 +97,11 @@ struct AdamRow {
           root_scale(1 / sqrt(correction2)),
           eps(rule.eps) {}
 
-    DIEN_OPS_HOST_DEVICE T step(T g, T& exp_avg, T& exp_avg_sq) const {
-        exp_avg = beta1 * exp_avg + rest1 * g;
-        exp_avg_sq = beta2 * exp_avg_sq + rest2 * g * g;
-        return step_size * exp_avg / (T(sqrt(exp_avg_sq)) * root_scale + eps);
+    template <typename V>
+    DIEN_OPS_HOST_DEVICE V step(V g, V& exp_avg, V& exp_avg_sq) const {
+        exp_avg = V(beta1) * exp_avg + V(rest1) * g;
+        exp_avg_sq = V(beta2) * exp_avg_sq + V(rest2) * g * g;
+        return V(step_size) * exp_avg / (V(sqrt(exp_avg_sq)) * V(root_scale) + V(eps));
     }
 };
 

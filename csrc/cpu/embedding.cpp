@@ -6,17 +6,16 @@
 // A thread takes a range of segments and needs no lock: no two segments share a row. For each of them
 //   1. the gradient rows are summed, in the order of their positions in the batch, into a buffer (those of an id that fills
 //      much of the batch were summed before, by all threads);
-//   2. the decay is added;
-//   3. the rule reads and writes the row of the weight and of its own state. Weights of 16 bits pass through a second buffer.
+//   2. the decay joins it;
+//   3. the rule reads and writes the row of the weight and of its own state, a vector of columns at a time.
 // Everything between 1 and 3 is one row long and stays in the first-level cache, so memory sees each gradient row read once
 // and each row of the table read and written once: the least that any order of work can do. What is left is latency, since
 // the rows lie anywhere in the table: the rows of the segments a few steps ahead are prefetched.
-//
-// The rules' loops run over contiguous rows and are left to the compiler to vectorise.
 
 #include "cpu/embedding.h"
 
-#include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "cpu/noise.h"
 #include "cpu/scratch.h"
@@ -33,6 +32,7 @@ template <typename S>
 void prefetch(const S* row, int64_t dim) {
     constexpr int64_t kPerCacheLine = 64 / sizeof(S);
     for (int64_t d = 0; d < dim; d += kPerCacheLine) __builtin_prefetch(row + d);
+    __builtin_prefetch(row + dim - 1);  // rows seldom begin where a line does
 }
 
 template <typename T>
@@ -54,8 +54,8 @@ void prefetch(const Adam<T>& rule, int64_t row, int64_t dim) {
     prefetch(rule.step + row, 1);
 }
 
-// sum[d ...] over kVectors vectors of columns, which stay in registers from the first row to the last; of the last vector only
-// the first n lanes.
+// sum[d ...] over kVectors vectors of columns, which stay in registers from the first row to the last. Of the last vector there
+// are n columns, and zeros behind them: what is read soon after must be written in one piece.
 template <int64_t kVectors, typename S, typename T = Compute<S>>
 void sum_columns(const S* rows, const int64_t* positions, int64_t count, int64_t dim, int64_t d, int64_t n, T* sum) {
     constexpr int64_t kSize = Vec<T>::kSize;
@@ -67,75 +67,112 @@ void sum_columns(const S* rows, const int64_t* positions, int64_t count, int64_t
         if (i + kRowsAhead < count) prefetch(row(i + kRowsAhead), kVectors * kSize);
         for (int64_t v = 0; v < kVectors; ++v) sums[v] += load<T>(row(i) + v * kSize, lanes(v));
     }
-    for (int64_t v = 0; v < kVectors; ++v) sums[v].store(sum + d + v * kSize, lanes(v));
+    for (int64_t v = 0; v < kVectors; ++v) sums[v].store(sum + d + v * kSize);
 }
 
-// What the rules' loops go over is written by nobody else, which the compiler cannot know.
-template <typename T>
-void add_decay(T coupled, const T* __restrict w, int64_t dim, T* __restrict g) {
-    if (coupled == 0) return;
-    for (int64_t d = 0; d < dim; ++d) g[d] += coupled * w[d];
-}
+// A rule at work on one row: step(d, n, g) is the step of the vector of columns from d on, of which n are there, and updates
+// the state. squares() is the sum of the squares of the row's g.
 
 template <typename T>
-void apply(const Sgd<T>& sgd, int64_t row, int64_t dim, T kept, const T* __restrict g, T* __restrict w) {
-    if (sgd.momentum_buffer == nullptr) {
-        for (int64_t d = 0; d < dim; ++d) w[d] = kept * w[d] - sgd.rule.step(g[d]);
-        return;
+struct SgdStep {
+    template <typename Squares>
+    SgdStep(const Sgd<T>& sgd, int64_t row, int64_t dim, Squares&&)
+        : rule(sgd.rule), buffer(sgd.momentum_buffer == nullptr ? nullptr : sgd.momentum_buffer + row * dim) {}
+    Vec<T> operator()(int64_t d, int64_t n, Vec<T> g) const {
+        if (buffer == nullptr) return rule.step(g);
+        Vec<T> b = Vec<T>::load(buffer + d, n);
+        const Vec<T> step = rule.step(g, b);
+        b.store(buffer + d, n);
+        return step;
     }
-    T* __restrict buffer = sgd.momentum_buffer + row * dim;
-    for (int64_t d = 0; d < dim; ++d) w[d] = kept * w[d] - sgd.rule.step(g[d], buffer[d]);
-}
+    SgdRule<T> rule;
+    T* buffer;
+};
 
 template <typename T>
-void apply(const Adagrad<T>& adagrad, int64_t row, int64_t dim, T kept, const T* __restrict g, T* __restrict w) {
-    T* __restrict sum = adagrad.state_sum + row * dim;
-    for (int64_t d = 0; d < dim; ++d) w[d] = kept * w[d] - adagrad.rule.step(g[d], sum[d]);
-}
+struct AdagradStep {
+    template <typename Squares>
+    AdagradStep(const Adagrad<T>& adagrad, int64_t row, int64_t dim, Squares&&)
+        : rule(adagrad.rule), sums(adagrad.state_sum + row * dim) {}
+    Vec<T> operator()(int64_t d, int64_t n, Vec<T> g) const {
+        Vec<T> sum = Vec<T>::load(sums + d, n);
+        const Vec<T> step = rule.step(g, sum);
+        sum.store(sums + d, n);
+        return step;
+    }
+    AdagradRule<T> rule;
+    T* sums;
+};
 
 template <typename T>
-void apply(const RowwiseAdagrad<T>& adagrad, int64_t row, int64_t dim, T kept, const T* __restrict g, T* __restrict w) {
-    constexpr int64_t kSize = Vec<T>::kSize;
-    Vec<T> squares;
-    int64_t d = 0;
-    for (; d + kSize <= dim; d += kSize) squares += Vec<T>::load(g + d) * Vec<T>::load(g + d);
-    T total = sum(squares);
-    for (; d < dim; ++d) total += g[d] * g[d];
-    const T step_size = adagrad.rule.step_size(total / T(dim), adagrad.state_sum[row]);
-    for (d = 0; d < dim; ++d) w[d] = kept * w[d] - step_size * g[d];
-}
+struct RowwiseAdagradStep {
+    template <typename Squares>
+    RowwiseAdagradStep(const RowwiseAdagrad<T>& adagrad, int64_t row, int64_t dim, Squares&& squares)
+        : step_size(adagrad.rule.step_size(squares() / T(dim), adagrad.state_sum[row])) {}
+    Vec<T> operator()(int64_t, int64_t, Vec<T> g) const { return Vec<T>(step_size) * g; }
+    T step_size;
+};
 
 template <typename T>
-void apply(const Adam<T>& adam, int64_t row, int64_t dim, T kept, const T* __restrict g, T* __restrict w) {
-    T* __restrict exp_avg = adam.exp_avg + row * dim;
-    T* __restrict exp_avg_sq = adam.exp_avg_sq + row * dim;
+struct AdamStep {
+    template <typename Squares>
+    AdamStep(const Adam<T>& adam, int64_t row, int64_t dim, Squares&&)
+        : rule(of_row(adam, row)), exp_avgs(adam.exp_avg + row * dim), exp_avg_sqs(adam.exp_avg_sq + row * dim) {}
+    Vec<T> operator()(int64_t d, int64_t n, Vec<T> g) const {
+        Vec<T> exp_avg = Vec<T>::load(exp_avgs + d, n), exp_avg_sq = Vec<T>::load(exp_avg_sqs + d, n);
+        const Vec<T> step = rule.step(g, exp_avg, exp_avg_sq);
+        exp_avg.store(exp_avgs + d, n);
+        exp_avg_sq.store(exp_avg_sqs + d, n);
+        return step;
+    }
     // 1 - beta^t = -expm1(t log(beta)), in double: at the first step it is 1e-3 for beta2.
-    const double t = static_cast<double>(++adam.step[row]);
-    Vec<double> exponents;
-    exponents.v[0] = t * adam.rule.log_beta1;
-    exponents.v[1] = t * adam.rule.log_beta2;
-    const Vec<double> corrections = -expm1(exponents);
-    const AdamRow<T> rule(adam.rule, corrections.v[0], corrections.v[1]);
-    for (int64_t d = 0; d < dim; ++d) w[d] = kept * w[d] - rule.step(g[d], exp_avg[d], exp_avg_sq[d]);
+    static AdamRow<T> of_row(const Adam<T>& adam, int64_t row) {
+        const double t = static_cast<double>(++adam.step[row]);
+        Vec<double> exponents;
+        exponents.v[0] = t * adam.rule.log_beta1;
+        exponents.v[1] = t * adam.rule.log_beta2;
+        const Vec<double> corrections = -expm1(exponents);
+        return {adam.rule, corrections.v[0], corrections.v[1]};
+    }
+    AdamRow<T> rule;
+    T *exp_avgs, *exp_avg_sqs;
+};
+
+template <typename T>
+SgdStep<T> step_of(const Sgd<T>&);
+template <typename T>
+AdagradStep<T> step_of(const Adagrad<T>&);
+template <typename T>
+RowwiseAdagradStep<T> step_of(const RowwiseAdagrad<T>&);
+template <typename T>
+AdamStep<T> step_of(const Adam<T>&);
+
+// Calls f(d, n) for each vector of columns: from d on, n of them there.
+template <typename T, typename F>
+void for_vectors(int64_t dim, F&& f) {
+    for (int64_t d = 0; d < dim; d += Vec<T>::kSize) f(d, dim - d < Vec<T>::kSize ? dim - d : Vec<T>::kSize);
 }
 
-// The weights of one row as what is computed in, from memory and back.
-template <typename T, typename S>
-void widen_row(const S* row, int64_t dim, T* wide) {
-    for (int64_t d = 0; d < dim; d += Vec<T>::kSize) {
-        const int64_t n = dim - d < Vec<T>::kSize ? dim - d : Vec<T>::kSize;
-        load<T>(row + d, n).store(wide + d, n);
-    }
-}
-
-// noise: null to round to the nearest.
-template <typename T, typename S>
-void store_row(const T* wide, int64_t dim, const uint16_t* noise, S* row) {
-    for (int64_t d = 0; d < dim; d += Vec<T>::kSize) {
-        const int64_t n = dim - d < Vec<T>::kSize ? dim - d : Vec<T>::kSize;
-        const Vec<T> x = Vec<T>::load(wide + d, n);
-        noise == nullptr ? store(x, row + d, n) : store_with_noise(x, row + d, n, noise + d);
-    }
+// w <- kept w - step(g + coupled w) for the row w [D]. g: the summed gradient, written by whole vectors.
+template <typename S, typename Rule, typename Store, typename T = Compute<S>>
+void update_row(const Rule& rule, int64_t row, int64_t dim, RowDecay<T> decay, const T* g, S* w, Store&& store_weights) {
+    const auto gradient = [&](int64_t d, Vec<T> x) {
+        const Vec<T> summed = Vec<T>::load(g + d);
+        return decay.coupled == 0 ? summed : summed + Vec<T>(decay.coupled) * x;
+    };
+    const auto squares = [&] {
+        Vec<T> sums;
+        for_vectors<T>(dim, [&](int64_t d, int64_t n) {
+            const Vec<T> of_column = gradient(d, load<T>(w + d, n));
+            sums += of_column * of_column;
+        });
+        return sum(sums);
+    };
+    const decltype(step_of(rule)) step(rule, row, dim, squares);
+    for_vectors<T>(dim, [&](int64_t d, int64_t n) {
+        const Vec<T> x = load<T>(w + d, n);
+        store_weights(Vec<T>(decay.kept) * x - step(d, n, gradient(d, x)), d, n);
+    });
 }
 
 }  // namespace
@@ -173,11 +210,11 @@ bool all_finite(const S* numbers, int64_t n) {
 template <Capability C, typename S, template <typename> class Rule>
 void update_rows(const TableUpdate<S>& update, const Rule<Compute<S>>& rule, int64_t begin, int64_t end) {
     using T = Compute<S>;
-    constexpr bool kWide = !std::is_same_v<S, T>;
+    constexpr bool k16Bits = !std::is_same_v<S, T>;
     const int64_t dim = update.dim;
-    const Scratch<T> gradient(dim), wide(kWide ? dim : 0);
+    const Scratch<T> gradient(padded(dim));
     T* const g = gradient;
-    const bool noisy = kWide && update.stochastic;
+    const bool noisy = k16Bits && update.stochastic;
     Noise noise(update.seed, noisy ? dim : 0);
     int64_t l = 0;
     while (l < update.num_summed && update.summed[l] < begin) ++l;
@@ -191,32 +228,26 @@ void update_rows(const TableUpdate<S>& update, const Rule<Compute<S>>& rule, int
         }
         const Segment<T>& segment = update.segments[s];
         if (l < update.num_summed && update.summed[l] == s) {
-            std::memcpy(g, update.sums + l++ * dim, dim * sizeof(T));
+            std::memcpy(g, update.sums + l++ * padded(dim), padded(dim) * sizeof(T));
         } else {
             const int64_t count = update.segments[s + 1].first - segment.first;
             sum_rows<C>(update.grads, update.positions + segment.first, count, dim, g);
         }
         if (update.grad_scale != 1) {
-            for (int64_t d = 0; d < dim; ++d) g[d] /= update.grad_scale;
+            for (int64_t d = 0; d < dim; d += Vec<T>::kSize) (Vec<T>::load(g + d) / Vec<T>(update.grad_scale)).store(g + d);
         }
-        S* const row = update.weight + segment.row * dim;
-        T* w;
-        if constexpr (kWide) {
-            w = wide;
-            widen_row(row, dim, w);
-        } else {
-            w = row;
+        const int64_t place = (s - begin) % noise.rows();
+        if (noisy && place == 0) {
+            const int64_t count = end - s < noise.rows() ? end - s : noise.rows();
+            noise.make(count, [&](int64_t i) { return update.segments[s + i].row; });
         }
-        add_decay(segment.decay.coupled, w, dim, g);
-        apply(rule, segment.row, dim, segment.decay.kept, g, w);
-        if constexpr (kWide) {
-            const int64_t place = (s - begin) % noise.rows();
-            if (noisy && place == 0) {
-                const int64_t count = end - s < noise.rows() ? end - s : noise.rows();
-                noise.make(count, [&](int64_t i) { return update.segments[s + i].row; });
+        S* const w = update.weight + segment.row * dim;
+        update_row(rule, segment.row, dim, segment.decay, g, w, [&](Vec<T> x, int64_t d, int64_t n) {
+            if constexpr (k16Bits) {
+                if (noisy) return store_with_noise(x, w + d, n, noise.of(place) + d / 2);
             }
-            store_row(w, dim, noisy ? noise.of(place) : nullptr, row);
-        }
+            store(x, w + d, n);
+        });
         if (update.decayed != nullptr) update.decayed[segment.row] = update.log_decay;
     }
 }

@@ -29,7 +29,7 @@ struct TableUpdate {
     const S* grads;                       // [N, D]
     Compute<S> grad_scale;                // divides the gradients
     const int64_t* summed;                // [L], ascending: the segments whose gradient rows are summed already ..
-    const Compute<S>* sums;               // [L, D]: .. to this
+    const Compute<S>* sums;               // [L, padded(D)]: .. to this
     int64_t num_summed;                   // L
     S* weight;                            // [num_embeddings, D]
     int64_t dim;                          // D
@@ -67,7 +67,10 @@ struct Adam {
     int64_t* step;  // [num_embeddings], t: counts the row's own updates
 };
 
-// sum [D] = the rows [., D] at positions[0] + .. + positions[count - 1], in this order; count >= 1.
+// Room for a row that is written by whole vectors, of any instruction set.
+constexpr int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
+
+// sum [D] = the rows [., D] at positions[0] + .. + positions[count - 1], in this order; count >= 1. sum has room for padded(D).
 template <Capability C, typename S>
 void sum_rows(const S* rows, const int64_t* positions, int64_t count, int64_t dim, Compute<S>* sum);
 

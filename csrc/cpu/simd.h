@@ -133,6 +133,21 @@ Vec<T> at_least(Vec<T> x, Vec<T> bound) {
 }
 #endif
 
+// The compiler makes one instruction of the loop only where it sees the vector in memory, so the processor's is named.
+#if defined(__AVX512F__)
+inline Vec<float> sqrt(Vec<float> x) { return Vec<float>(_mm512_maskz_sqrt_ps(0xffff, x.v)); }
+inline Vec<double> sqrt(Vec<double> x) { return Vec<double>(_mm512_maskz_sqrt_pd(0xff, x.v)); }
+#elif defined(__AVX2__)
+inline Vec<float> sqrt(Vec<float> x) { return Vec<float>(_mm256_sqrt_ps(x.v)); }
+inline Vec<double> sqrt(Vec<double> x) { return Vec<double>(_mm256_sqrt_pd(x.v)); }
+#else
+template <typename T>
+Vec<T> sqrt(Vec<T> x) {
+    for (int64_t i = 0; i < Vec<T>::kSize; ++i) x.v[i] = __builtin_sqrt(x.v[i]);
+    return x;
+}
+#endif
+
 // positive ? a : b, lane by lane, where "positive" is x > 0.
 template <typename T>
 Vec<T> where_positive(Vec<T> x, Vec<T> a, Vec<T> b) {

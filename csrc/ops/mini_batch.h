@@ -289,7 +289,7 @@ class LongSums {
   public:
     // segments: those of the table, of batch.long_ones. grads [N, D].
     LongSums(const MiniBatch<T>& batch, std::vector<int64_t> segments, const S* grads, int64_t dim)
-        : segments(std::move(segments)), sums(this->segments.size() * dim) {
+        : segments(std::move(segments)), sums(this->segments.size() * cpu::padded(dim)) {
         struct Piece {
             int64_t begin, end;  // positions
         };
@@ -300,23 +300,24 @@ class LongSums {
             for (int64_t i = batch.segments[s].first; i < end; i += kPiece) pieces.push_back({i, std::min(i + kPiece, end)});
             first.push_back(pieces.size());
         }
-        Buffer<T> parts(pieces.size() * dim);
+        const int64_t padded = cpu::padded(dim);
+        Buffer<T> parts(pieces.size() * padded);
         std::vector<int64_t> places(pieces.size());
         std::iota(places.begin(), places.end(), 0);
         cpu::with_capability([&](auto target) {
             parallel_tasks(pieces.size(), [&](int64_t p) {
                 cpu::sum_rows<target()>(grads, batch.positions.data() + pieces[p].begin, pieces[p].end - pieces[p].begin, dim,
-                                        parts.data() + p * dim);
+                                        parts.data() + p * padded);
             });
             parallel_tasks(this->segments.size(), [&](int64_t i) {
                 cpu::sum_rows<target()>(static_cast<const T*>(parts.data()), places.data() + first[i], first[i + 1] - first[i],
-                                        dim, sums.data() + i * dim);
+                                        padded, sums.data() + i * padded);
             });
         });
     }
 
     const std::vector<int64_t> segments;  // ascending
-    const Buffer<T> sums;                 // [segments, D]
+    const Buffer<T> sums;                 // [segments, padded(D)]
 };
 
 // The number of the first gradient row with an infinite number or NaN, or -1. Those that no row is updated by do not count.
