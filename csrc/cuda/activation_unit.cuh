@@ -18,6 +18,7 @@
 
 #include "cuda/activation_unit.h"
 #include "cuda/elements.cuh"
+#include "cuda/lengths.cuh"
 #include "cuda/workspace.cuh"
 
 namespace dien_ops::cuda {
@@ -147,37 +148,30 @@ int64_t unit_shared_bytes(const UnitShape& s, const Fixed& fixed) {
 
 // What every kernel over tiles is given.
 template <typename S>
-struct UnitParams {
+struct UnitParams : DeviceSteps {
     using T = Compute<S>;
     UnitShape s;
-    gmem<const int64_t> lengths, first, place, total;
     gmem<const S> query, keys, packed;
     gmem<const T> columns;  // [kUnitColumns, s.columns]
     gmem<unsigned char> workspace;
 
     UnitParams(const UnitProblem<S>& p, const UnitShape& shape, int64_t blocks)
-        : s(shape),
-          lengths(p.plan.lengths, p.batch, "lengths"),
-          first(p.plan.first, p.batch, "first"),
-          place(p.plan.place, p.batch * p.steps, "place"),
-          total(p.plan.total, 1, "total"),
+        : DeviceSteps(p.numbers, p.batch, p.steps),
+          s(shape),
           query(p.query, p.pairs() * p.embedding_dim, "query"),
           keys(p.keys, p.batch * p.steps * p.embedding_dim, "keys"),
           packed(p.packed, shape.packed, "packed weights"),
           columns(p.columns, int64_t(kUnitColumns) * shape.columns, "columns"),
           workspace(p.workspace, shape.shared ? 0 : blocks * shape.memory_bytes, "workspace") {}
 
-    DIEN_OPS_DEVICE int64_t length(int64_t b) const { return lengths ? lengths.ld(b) : s.steps; }
-    DIEN_OPS_DEVICE int64_t first_step(int64_t b) const { return first ? first.ld(b) : b * s.steps; }
-    DIEN_OPS_DEVICE int64_t total_steps() const { return total ? total.ld(0) : s.batch * s.steps; }
     DIEN_OPS_DEVICE int64_t tiles() const { return divide_up<int64_t>(total_steps(), s.rows); }
 
     // By all threads; the caller waits.
     DIEN_OPS_DEVICE void read_rows(const UnitRows& rows, int64_t tile) const {
-        const int64_t steps = total_steps();
+        const int64_t end = total_steps();
         for (int i = thread_index(); i < s.rows; i += kUnitThreads) {
             const int64_t step = tile * s.rows + i;
-            const int64_t at = step >= steps ? -1 : place ? place.ld(step) : step;
+            const int64_t at = step < end ? place(step) : -1;
             rows.place.st(i, at);
             rows.sequence.st(i, at < 0 ? -1 : at / s.steps);
         }

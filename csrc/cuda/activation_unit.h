@@ -3,13 +3,11 @@
 // for the device, so all of it can be captured in a graph. Pointers are device memory, borrowed until the work is done; tensors
 // may begin at any number, what is written begins at a multiple of 16 bytes, as torch allocates. Callers fill a struct and run
 //
-//   unit_plan       numbers the valid steps; where there are lengths only
 //   unit_forward    scores and pooled vectors                                 activation_unit_forward.cu
 //   unit_backward   all gradients                                             activation_unit_backward.cu
 //
-// A *step* is a sequence's valid step: first[b] + t, without gaps, 0..E-1, where E is the sum of lengths. A *pair* is
-// b * C + c, target c of sequence b. A *row* is a step for one target; every sequence has all C targets, so rows are steps
-// times targets.
+// A *step* is a sequence's valid step, by its number (lengths.h). A *pair* is b * C + c, target c of sequence b. A *row* is a
+// step for one target; every sequence has all C targets, so rows are steps times targets.
 //
 // S is what query, keys, scores, pooled vectors and their gradients are stored in; parameters, statistics and their gradients
 // are Compute<S> (common/number.h).
@@ -21,23 +19,11 @@
 #include "common/activation_unit.h"
 #include "common/dice.h"
 #include "common/number.h"
-#include "cuda/stream.h"
+#include "cuda/lengths.h"
 
 namespace dien_ops::cuda {
 
 constexpr int kMostUnitLayers = 32;  // hidden layers of a unit
-
-struct UnitPlan {
-    const int64_t* lengths;  // [B], each in 0..T: from lengths.h
-    const int64_t* first;    // [B]
-    const int64_t* place;    // [B * T], of the first E: b * T + t
-    const int64_t* total;    // [1], E
-    // All null: every length is T.
-};
-
-// Writes what a UnitPlan points to.
-void unit_plan(Stream stream, const int64_t* lengths, int64_t batch, int64_t steps, int64_t* first, int64_t* place,
-               int64_t* total);
 
 template <typename S>
 struct UnitProblem {
@@ -47,7 +33,7 @@ struct UnitProblem {
     bool batch_statistics, softmax;
     bool tf32;  // float products may round their operands to tf32
     DiceEps eps;
-    UnitPlan plan;
+    StepNumbers numbers;
 
     const S* query;                          // [B, C, D]
     const S* keys;                           // [B, T, D]

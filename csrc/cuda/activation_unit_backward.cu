@@ -808,7 +808,7 @@ void unit_backward(Stream stream, const UnitBackward<S>& p) {
                gmem<const T>(pair_sums), p.pairs(), gmem<T>{p.grad_biases.back(), 1, "grad_biases of the output"});
         launch("unit_finish_query", finish_query<S>, element_grid(p.pairs() * p.embedding_dim), stream, params,
                gmem<const T>(params.query_sums), gmem<S>{p.grad_query, p.pairs() * p.embedding_dim, "grad_query"});
-        if (p.plan.lengths != nullptr || parts.targets != 1) {
+        if (p.numbers.lengths != nullptr || parts.targets != 1) {
             launch("unit_finish_keys", finish_keys<S>, element_grid(p.batch * p.steps * p.embedding_dim), stream, params,
                    gmem<const T>(params.keys_sums), parts.targets, params.grad_keys);
         }

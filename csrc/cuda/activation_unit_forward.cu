@@ -22,42 +22,6 @@
 namespace dien_ops::cuda {
 namespace {
 
-// -------------------------------------------------------------------------------------------------------------- the plan
-
-constexpr int kScanThreads = 1024;
-
-// first [B], the sum of the lengths before it, and their total: one block, a run of sequences for each thread.
-DIEN_OPS_KERNEL(kScanThreads)
-void scan_lengths(gmem<const int64_t> lengths, int64_t batch, gmem<int64_t> first, gmem<int64_t> total) {
-    Arena arena;
-    const auto sums = arena.take<int64_t>(2 * kScanThreads, "sums of runs");
-    const int64_t begin = batch * thread_index() / kScanThreads, end = batch * (thread_index() + 1) / kScanThreads;
-    int64_t sum = 0;
-    for (int64_t b = begin; b < end; ++b) sum += lengths.ld(b);
-    int64_t before = sum;
-    int from = 0;
-    sums.st(thread_index(), sum);
-    sync_block();
-    for (int distance = 1; distance < kScanThreads; distance *= 2) {
-        if (thread_index() >= distance) before += sums.ld(from + thread_index() - distance);
-        from = kScanThreads - from;
-        sums.st(from + thread_index(), before);
-        sync_block();
-    }
-    if (thread_index() == kScanThreads - 1) total.st(0, before);
-    before -= sum;
-    for (int64_t b = begin; b < end; ++b) {
-        first.st(b, before);
-        before += lengths.ld(b);
-    }
-}
-
-DIEN_OPS_KERNEL(kElementThreads)
-void number_steps(gmem<const int64_t> lengths, gmem<const int64_t> first, int64_t steps, gmem<int64_t> place) {
-    const int64_t b = block_index(), length = lengths.ld(b), begin = first.ld(b);
-    for (int64_t t = thread_index(); t < length; t += kElementThreads) place.st(begin + t, b * steps + t);
-}
-
 // ----------------------------------------------------------------------------------------------------- weights and columns
 
 template <typename T>
@@ -410,15 +374,6 @@ int64_t logits_blocks(const UnitProblem<S>& p, const UnitShape& s) {
 }
 
 }  // namespace
-
-void unit_plan(Stream stream, const int64_t* lengths, int64_t batch, int64_t steps, int64_t* first, int64_t* place,
-               int64_t* total) {
-    const gmem<const int64_t> from = {lengths, batch, "lengths"};
-    launch("unit_scan_lengths", scan_lengths, Grid{1, 1, 1, kScanThreads, arena_bytes<int64_t>(2 * kScanThreads)}, stream, from,
-           batch, gmem<int64_t>{first, batch, "first"}, gmem<int64_t>{total, 1, "total"});
-    launch("unit_number_steps", number_steps, Grid{batch, 1, 1, kElementThreads}, stream, from,
-           gmem<const int64_t>{first, batch, "first"}, steps, gmem<int64_t>{place, batch * steps, "place"});
-}
 
 template <typename S>
 int64_t unit_packed_size(const UnitProblem<S>& p) {

@@ -4,7 +4,6 @@
 // number, what is written and what is passed from function to function at multiples of 16 bytes, as torch allocates. Sizes and
 // pointers come from the layer above; what a launch needs of the device is asked for here.
 //
-//   gru_plan               numbers the valid steps
 //   gru_projection         W x of every valid step                                              gru_products.cu
 //   gru_forward            all steps of a tile of rows, the state never leaving the block       gru_forward.cu
 //   gru_backward           the same in reverse: gradients of the gates, attention and hx        gru_backward.cu
@@ -13,10 +12,10 @@
 //   gru_weight_gradients   gradients of weights and biases, summed in an order fixed by sizes and lengths
 //   gru_clear_padding      zeros behind a row's length
 //
-// Three numberings. A *row* is one recurrence: b * C + c is target c of sequence b. A *step* is a sequence's valid step:
-// first[b] + t, without gaps, 0..E-1, where E is the sum of lengths; what depends on the input alone is kept by step. An
-// *entry* is a row's valid step: C * first[b] + c * lengths[b] + t; the gates and their gradients are kept by entry, so that
-// padding neither takes memory nor time. (For one target, entries are steps.)
+// Three numberings. A *row* is one recurrence: b * C + c is target c of sequence b. A *step* is a sequence's valid step, by its
+// number (lengths.h); what depends on the input alone is kept by step. An *entry* is a row's valid step:
+// C * first[b] + c * lengths[b] + t; the gates and their gradients are kept by entry, so that padding neither takes memory nor
+// time. (For one target, entries are steps.)
 //
 // S is what tensors are stored in, Compute<S> what is computed in (common/number.h).
 #pragma once
@@ -25,7 +24,7 @@
 
 #include "common/gates.h"
 #include "common/number.h"
-#include "cuda/stream.h"
+#include "cuda/lengths.h"
 
 namespace dien_ops::cuda {
 
@@ -35,13 +34,8 @@ struct Strides {
 };
 
 // Which steps are valid, and in what order sequences are taken.
-struct GruPlan {
-    const int64_t* lengths;  // [B], each in 0..T: from lengths.h
-    const int64_t* order;    // [B], sequences by falling length
-    const int64_t* first;    // [B]
-    const int64_t* total;    // [1], E
-    const int64_t* step;     // [B * T], of the first E: b * T + t
-    // All null: every length is T, order is 0..B-1, first[b] is b * T.
+struct GruPlan : StepNumbers {
+    const int64_t* order;  // [B], sequences by falling length; null where lengths are: 0..B-1
 };
 
 template <typename S>
@@ -68,10 +62,6 @@ struct GruProblem {
     // r, z, n and, where the reset comes after the product, U_n h + b_hn.
     int64_t gates_size() const { return (reset_after ? 4 : 3) * hidden_size; }
 };
-
-// order: sequences by falling length; ends: [B], the inclusive sums of their lengths in that order. Writes first and step.
-void gru_plan(Stream stream, const int64_t* lengths, const int64_t* order, const int64_t* ends, int64_t batch, int64_t steps,
-              int64_t* first, int64_t* step);
 
 // Numbers per step of the projection: each gate padded to whole tiles.
 int64_t gru_projection_width(int64_t hidden_size);

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What needs no recurrence: the plan of a batch with lengths, W x for all steps, and the gradients of input, weights and
-// biases.
+// What needs no recurrence: W x for all steps, the gradients of input, weights and biases, and zeros in padding.
 //
 // These are large products, with the sum of lengths as one of their sizes. A block of step_product takes 64 steps and 128
 // columns; its rows of A go through shared memory 64 numbers of k at a time, B comes packed from the L2 cache. A block of
@@ -22,15 +21,7 @@ constexpr int kStepColumns = kProductWarps * 4 * kTileColumns;
 constexpr int kOuterColumns = 64;
 constexpr int kOuterDepth = 32;  // entries at a time
 
-// ---------------------------------------------------------------------------------------------------------- the plan
-
-DIEN_OPS_KERNEL(kElementThreads)
-void number_steps(gmem<const int64_t> lengths, gmem<const int64_t> order, gmem<const int64_t> ends, int64_t steps,
-                  gmem<int64_t> first, gmem<int64_t> step) {
-    const int64_t b = order.ld(block_index()), length = lengths.ld(b), begin = ends.ld(block_index()) - length;
-    if (thread_index() == 0) first.st(b, begin);
-    for (int64_t t = thread_index(); t < length; t += kElementThreads) step.st(begin + t, b * steps + t);
-}
+// ------------------------------------------------------------------------------------------------------- the padding
 
 template <typename S>
 DIEN_OPS_KERNEL(kElementThreads)
@@ -265,13 +256,6 @@ Grid step_grid(const GruProblem<S>& p, int64_t column_tiles, int64_t operand_byt
 }
 
 }  // namespace
-
-void gru_plan(Stream stream, const int64_t* lengths, const int64_t* order, const int64_t* ends, int64_t batch, int64_t steps,
-              int64_t* first, int64_t* step) {
-    launch("gru_plan", number_steps, Grid{batch, 1, 1, kElementThreads}, stream, gmem<const int64_t>{lengths, batch, "lengths"},
-           gmem<const int64_t>{order, batch, "order"}, gmem<const int64_t>{ends, batch, "ends"}, steps,
-           gmem<int64_t>{first, batch, "first"}, gmem<int64_t>{step, batch * steps, "step"});
-}
 
 int64_t gru_projection_width(int64_t hidden_size) { return 3 * round_up<int64_t>(hidden_size, kTileColumns); }
 

@@ -15,6 +15,7 @@
 #include "common/gates.h"
 #include "cuda/gru.h"
 #include "cuda/launch.cuh"
+#include "cuda/lengths.cuh"
 #include "cuda/tile.cuh"
 #include "cuda/workspace.cuh"
 
@@ -25,30 +26,17 @@ template <typename Math>
 constexpr int kMaxWarps = Math::kMatrixUnit ? 16 : 8;
 
 // The plan of gru.h on the device.
-struct DevicePlan {
-    gmem<const int64_t> lengths, order, first, total, step;
-    int64_t batch, targets, steps;
+struct DevicePlan : DeviceSteps {
+    gmem<const int64_t> order;
+    int64_t targets;
     bool reverse;
 
     explicit DevicePlan(const GruPlan& plan, int64_t batch, int64_t targets, int64_t steps, bool reverse)
-        : lengths(plan.lengths, batch, "lengths"),
-          order(plan.order, batch, "order"),
-          first(plan.first, batch, "first"),
-          total(plan.total, 1, "total"),
-          step(plan.step, batch * steps, "step"),
-          batch(batch),
-          targets(targets),
-          steps(steps),
-          reverse(reverse) {}
+        : DeviceSteps(plan, batch, steps), order(plan.order, batch, "order"), targets(targets), reverse(reverse) {}
     template <typename S>
     explicit DevicePlan(const GruProblem<S>& p) : DevicePlan(p.plan, p.batch, p.targets, p.steps, p.reverse) {}
 
     DIEN_OPS_DEVICE int64_t sequence(int64_t position) const { return order ? order.ld(position) : position; }
-    DIEN_OPS_DEVICE int64_t length(int64_t b) const { return lengths ? lengths.ld(b) : steps; }
-    DIEN_OPS_DEVICE int64_t first_step(int64_t b) const { return first ? first.ld(b) : b * steps; }
-    DIEN_OPS_DEVICE int64_t total_steps() const { return total ? total.ld(0) : batch * steps; }
-    // b * T + t of a step.
-    DIEN_OPS_DEVICE int64_t place(int64_t i) const { return step ? step.ld(i) : i; }
 };
 
 // The weights that stay on the chip, and sizes that follow from H, in numbers where no name says bytes.

@@ -12,24 +12,7 @@ namespace {
 
 using cuda::UnitBackward;
 using cuda::UnitForward;
-using cuda::UnitPlan;
 using cuda::UnitProblem;
-
-// Owns what a UnitPlan borrows.
-struct Plan {
-    Tensor lengths, first, place, total;
-    UnitPlan pointers = {};
-
-    Plan(const CudaDevice& device, const OptionalTensor& given, int64_t batch, int64_t steps) {
-        if (!given.has_value()) return;
-        lengths = device.lengths(*given, batch, steps);
-        first = device.empty({batch}, ScalarType::Long), place = device.empty({batch * steps}, ScalarType::Long);
-        total = device.empty({1}, ScalarType::Long);
-        cuda::unit_plan(device.stream(), pointer<int64_t>(lengths), batch, steps, mutable_pointer<int64_t>(first),
-                        mutable_pointer<int64_t>(place), mutable_pointer<int64_t>(total));
-        pointers = {pointer<int64_t>(lengths), pointer<int64_t>(first), pointer<int64_t>(place), pointer<int64_t>(total)};
-    }
-};
 
 template <typename T>
 std::vector<const T*> pointers(const Tensors& tensors) {
@@ -46,7 +29,7 @@ std::vector<T*> mutable_pointers(const Tensors& tensors) {
 }
 
 template <typename S>
-UnitProblem<S> problem(const UnitArguments& a, const Plan& plan, bool allow_tf32) {
+UnitProblem<S> problem(const UnitArguments& a, const NumberedSteps& steps, bool allow_tf32) {
     using T = Compute<S>;
     check(a.hidden_layers() <= cuda::kMostUnitLayers, "weights must have at most ", cuda::kMostUnitLayers + 1,
           " tensors on CUDA, got ", a.weights.size());
@@ -56,7 +39,7 @@ UnitProblem<S> problem(const UnitArguments& a, const Plan& plan, bool allow_tf32
     p.activation = a.activation, p.batch_statistics = a.batch_statistics, p.softmax = a.softmax;
     p.tf32 = allow_tf32;
     p.eps = a.eps;
-    p.plan = plan.pointers;
+    p.numbers = steps.pointers();
     p.query = pointer<S>(a.query), p.keys = pointer<S>(a.keys);
     p.weights = pointers<T>(a.weights), p.biases = pointers<T>(a.biases), p.alphas = pointers<T>(a.alphas);
     return p;
@@ -86,14 +69,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> local_activation_unit(const Tensor& q
                                                 variance_eps, softmax);
     const auto [means, vars] = read_running_statistics(a, running_means, running_vars);
     const CudaDevice device(keys);
-    const Plan plan(device, lengths, a.B, a.T);
+    const NumberedSteps steps(device, lengths, a.B, a.T);
     const Tensor pooled = device.empty(a.pooled_sizes(), a.dtype), scores = device.empty(a.score_sizes(), a.dtype);
     const Tensor statistics = device.empty(a.statistics_sizes(), a.compute_dtype());
     const Tensor hidden = device.empty(a.hidden_sizes(), a.compute_dtype());
     with_storage_type(a.dtype, "keys", [&](auto zero) {
         using S = decltype(zero);
         using T = Compute<S>;
-        UnitForward<S> p{problem<S>(a, plan, allow_tf32)};
+        UnitForward<S> p{problem<S>(a, steps, allow_tf32)};
         const Workspace<S> workspace(device, a, p, cuda::unit_forward_workspace(p));
         const Tensor logits = device.empty(a.score_sizes(), a.compute_dtype());
         const Tensor moments = device.empty({cuda::unit_moments_size(p)}, ScalarType::Double);
@@ -115,13 +98,13 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors> local_activation_unit_back
         read_unit_arguments(query, keys, weights, biases, alphas, activation, batch_statistics, eps, variance_eps, softmax);
     const UnitBackwardArguments given(a, grad_pooled, grad_scores, statistics, hidden, scores);
     const CudaDevice device(keys);
-    const Plan plan(device, lengths, a.B, a.T);
+    const NumberedSteps steps(device, lengths, a.B, a.T);
     const auto empty = [&](const std::vector<int64_t>& sizes, ScalarType dtype) { return device.empty(sizes, dtype); };
     const UnitGradients grads(a, empty);
     with_storage_type(a.dtype, "keys", [&](auto zero) {
         using S = decltype(zero);
         using T = Compute<S>;
-        UnitBackward<S> p{problem<S>(a, plan, allow_tf32)};
+        UnitBackward<S> p{problem<S>(a, steps, allow_tf32)};
         const Workspace<S> workspace(device, a, p, cuda::unit_backward_workspace(p));
         const Tensor grad_logits = empty(a.score_sizes(), a.compute_dtype());
         const Tensor hidden_gradient = empty(a.hidden_sizes(), a.compute_dtype());

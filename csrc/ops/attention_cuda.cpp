@@ -28,15 +28,11 @@ BilinearAttentionProblem<S> problem(const AttentionArguments& a, const OptionalT
     return p;
 }
 
-OptionalTensor lengths_on_device(const CudaDevice& device, const OptionalTensor& lengths, const AttentionArguments& a) {
-    return lengths.has_value() ? OptionalTensor(device.lengths(*lengths, a.B, a.T)) : std::nullopt;
-}
-
 std::tuple<Tensor, Tensor> bilinear_attention(const Tensor& states, const Tensor& target, const Tensor& weight,
                                               const OptionalTensor& given_lengths, bool allow_tf32) {
     const AttentionArguments a = read_attention_arguments(states, target, weight);
     const CudaDevice device(states);
-    const OptionalTensor lengths = lengths_on_device(device, given_lengths, a);
+    const OptionalTensor lengths = device.lengths(given_lengths, a.B, a.T);
     const Tensor scores = device.empty({a.B, a.C, a.T}, a.dtype), projected = device.empty({a.B, a.C, a.H}, a.compute_dtype);
     with_storage_type(a.dtype, "states", [&](auto zero) {
         using S = decltype(zero);
@@ -55,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> bilinear_attention_backward(const Tensor& gra
     const AttentionArguments a = read_attention_arguments(states, target, weight);
     const AttentionResults results(a, projected, scores, grad_scores);
     const CudaDevice device(states);
-    const OptionalTensor lengths = lengths_on_device(device, given_lengths, a);
+    const OptionalTensor lengths = device.lengths(given_lengths, a.B, a.T);
     const auto empty = [&](const std::vector<int64_t>& sizes) { return device.empty(sizes, a.compute_dtype); };
     const Tensor grad_states = a.like_states([&](const std::vector<int64_t>& sizes) { return device.empty(sizes, a.dtype); });
     const Tensor grad_target = device.empty({a.B, a.C, a.A}, a.dtype);

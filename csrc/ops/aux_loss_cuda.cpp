@@ -18,10 +18,9 @@ struct Pairs {
     OptionalTensor lengths;
     AuxiliaryPairs pointers;
 
-    Pairs(const CudaDevice& device, const std::string& reduction, const OptionalTensor& given, int64_t batch, int64_t steps) {
-        if (given.has_value()) lengths = device.lengths(*given, batch, steps);
-        pointers = {batch, steps, pointer<int64_t>(lengths), denominator_of(reduction, batch, steps)};
-    }
+    Pairs(const CudaDevice& device, const std::string& reduction, const OptionalTensor& given, int64_t batch, int64_t steps)
+        : lengths(device.lengths(given, batch, steps)),
+          pointers{batch, steps, pointer<int64_t>(lengths), denominator_of(reduction, batch, steps)} {}
 };
 
 template <typename S>

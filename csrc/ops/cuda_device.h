@@ -60,11 +60,36 @@ class CudaDevice {
                             mutable_pointer<int64_t>(result));
         return result;
     }
+    OptionalTensor lengths(const OptionalTensor& given, int64_t batch, int64_t steps) const {
+        return given.has_value() ? OptionalTensor(lengths(*given, batch, steps)) : std::nullopt;
+    }
 
   private:
     torch::stable::Device device_;
     DeviceGuard guard_;
     void* stream_;
+};
+
+// A batch's lengths and the numbers of its valid steps. Owns what it points to; without lengths there is nothing.
+class NumberedSteps {
+  public:
+    NumberedSteps(const CudaDevice& device, const OptionalTensor& given, int64_t batch, int64_t steps)
+        : lengths(device.lengths(given, batch, steps)) {
+        if (!lengths.has_value()) return;
+        first_ = device.empty({batch}, ScalarType::Long), place_ = device.empty({batch * steps}, ScalarType::Long);
+        total_ = device.empty({1}, ScalarType::Long);
+        cuda::number_steps(device.stream(), pointer<int64_t>(lengths), batch, steps, mutable_pointer<int64_t>(first_),
+                           mutable_pointer<int64_t>(place_), mutable_pointer<int64_t>(total_));
+    }
+    cuda::StepNumbers pointers() const {
+        if (!lengths.has_value()) return {};
+        return {pointer<int64_t>(lengths), pointer<int64_t>(first_), pointer<int64_t>(place_), pointer<int64_t>(total_)};
+    }
+
+    const OptionalTensor lengths;
+
+  private:
+    Tensor first_, place_, total_;
 };
 
 }  // namespace dien_ops::ops

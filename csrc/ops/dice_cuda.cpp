@@ -13,11 +13,6 @@ namespace {
 using cuda::DiceBackward;
 using cuda::DiceProblem;
 
-// Checked lengths, or none.
-OptionalTensor lengths_on(const CudaDevice& device, const OptionalTensor& lengths, const DiceArguments& a) {
-    return lengths.has_value() ? OptionalTensor(device.lengths(*lengths, a.B, a.T)) : std::nullopt;
-}
-
 template <typename S>
 DiceProblem<S> problem(const DiceArguments& a, const OptionalTensor& lengths, const Tensor& mean, const Tensor& var) {
     DiceProblem<S> p{};
@@ -40,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> dice(const Tensor& input, const Tensor& alpha
     check(mean.has_value() == var.has_value(), "mean and var must be given together");
     const OptionalTensor fixed_mean = a.columns(mean, "mean"), fixed_var = a.columns(var, "var");
     const CudaDevice device(input);
-    const OptionalTensor steps = lengths_on(device, lengths, a);
+    const OptionalTensor steps = device.lengths(lengths, a.B, a.T);
     const Tensor output = device.empty(a.sizes(), a.dtype);
     const Tensor used_mean = device.empty({a.C}, a.compute_dtype), used_var = device.empty({a.C}, a.compute_dtype);
     with_storage_type(a.dtype, "input", [&](auto zero) {
@@ -67,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dice_backward(const Tensor& grad_outp
     const Tensor dense_grad_output = checked(grad_output, "grad_output", a.sizes(), a.dtype, a.device);
     const Tensor dense_mean = a.columns(mean, "mean"), dense_var = a.columns(var, "var");
     const CudaDevice device(input);
-    const OptionalTensor steps = lengths_on(device, lengths, a);
+    const OptionalTensor steps = device.lengths(lengths, a.B, a.T);
     const auto empty = [&](const std::vector<int64_t>& sizes, ScalarType dtype) { return device.empty(sizes, dtype); };
     const DiceGradients grads(a, empty);
     const Tensor feedback = device.empty({2, a.C}, a.compute_dtype);

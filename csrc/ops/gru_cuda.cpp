@@ -17,43 +17,25 @@ using cuda::GruPlan;
 using cuda::GruProblem;
 using cuda::GruWeightGradients;
 
-// Owns what a GruPlan borrows.
-struct Plan {
-    Tensor lengths, order, ends, first, step;
-    GruPlan pointers = {};
-};
-
-// The values, stably sorted to fall, and where they were.
-std::tuple<Tensor, Tensor> sort_falling(const Tensor& values) {
+// Where the values are, sorted stably to fall.
+Tensor falling_order(const Tensor& values) {
     using torch::stable::detail::from;
     std::array<StableIValue, 4> stack = {from(values), from(std::optional<bool>(true)), from(int64_t{0}), from(true)};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+    torch::stable::detail::to<Tensor>(stack[0]);  // the sorted values: takes them over, and lets them go
+    return torch::stable::detail::to<Tensor>(stack[1]);
 }
 
-Tensor inclusive_sums(const Tensor& values) {
-    using torch::stable::detail::from;
-    std::array<StableIValue, 3> stack = {from(values), from(int64_t{0}), from(std::optional<ScalarType>())};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::cumsum", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
-}
+// Owns what a GruPlan borrows.
+struct Plan {
+    NumberedSteps steps;
+    OptionalTensor order;
 
-Plan make_plan(const CudaDevice& device, const OptionalTensor& lengths, int64_t batch, int64_t steps) {
-    Plan plan;
-    if (!lengths.has_value()) return plan;
-    plan.lengths = device.lengths(*lengths, batch, steps);
-    if (batch == 0) return plan;
-    plan.first = device.empty({batch}, ScalarType::Long);
-    plan.step = device.empty({batch * steps}, ScalarType::Long);
-    Tensor falling;
-    std::tie(falling, plan.order) = sort_falling(plan.lengths);
-    plan.ends = inclusive_sums(falling);
-    cuda::gru_plan(device.stream(), pointer<int64_t>(plan.lengths), pointer<int64_t>(plan.order), pointer<int64_t>(plan.ends),
-                   batch, steps, mutable_pointer<int64_t>(plan.first), mutable_pointer<int64_t>(plan.step));
-    plan.pointers = {pointer<int64_t>(plan.lengths), pointer<int64_t>(plan.order), pointer<int64_t>(plan.first),
-                     pointer<int64_t>(plan.ends) + batch - 1, pointer<int64_t>(plan.step)};
-    return plan;
-}
+    Plan(const CudaDevice& device, const OptionalTensor& lengths, int64_t batch, int64_t T) : steps(device, lengths, batch, T) {
+        if (steps.lengths.has_value()) order = falling_order(*steps.lengths);
+    }
+    GruPlan pointers() const { return {steps.pointers(), pointer<int64_t>(order)}; }
+};
 
 template <typename S>
 GruProblem<S> problem(const GruArguments& a, const Plan& plan, bool allow_tf32) {
@@ -61,7 +43,7 @@ GruProblem<S> problem(const GruArguments& a, const Plan& plan, bool allow_tf32) 
     p.batch = a.B, p.targets = a.C, p.steps = a.T, p.input_size = a.I, p.hidden_size = a.H;
     p.gate = a.gate, p.reset_after = a.reset_after, p.reverse = a.reverse;
     p.tf32 = allow_tf32;
-    p.plan = plan.pointers;
+    p.plan = plan.pointers();
     const auto strides = [](const GruArguments::Strides& s) { return cuda::Strides{s.b, s.c, s.t}; };
     p.input = pointer<S>(a.input), p.input_strides = strides(a.strides(1, a.I));
     p.attention = pointer<S>(a.attention), p.attention_strides = strides(a.attention_strides());
@@ -87,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> gru(const Tensor& input, const OptionalTensor
     const GruArguments a = read_gru_arguments(input, attention, hx, weight_ih, weight_hh, bias_ih, bias_hh, gate, reset_after,
                                               batch_first, reverse);
     const CudaDevice device(input);
-    const Plan plan = make_plan(device, lengths, a.B, a.T);
+    const Plan plan(device, lengths, a.B, a.T);
     const Tensor output = device.empty(a.output_sizes(), a.dtype), h_n = device.empty(a.state_sizes(), a.dtype);
     const Tensor gates = device.empty(save_gates ? a.gates_sizes() : std::vector<int64_t>{0}, a.dtype);
     with_storage_type(a.dtype, "input", [&](auto zero) {
@@ -121,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
     const Tensor dense_gates = checked(gates, "gates", a.gates_sizes(), a.dtype, input.device());
 
     const CudaDevice device(input);
-    const Plan plan = make_plan(device, lengths, a.B, a.T);
+    const Plan plan(device, lengths, a.B, a.T);
     const auto empty = [&](const std::vector<int64_t>& sizes) { return device.empty(sizes, a.dtype); };
     const GruGradients grads(a, empty);
     with_storage_type(a.dtype, "input", [&](auto zero) {
