@@ -12,12 +12,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import rivals_attention as rivals
+from bench import composed
+from bench.composed import COMPILED
 from bench.results import Target
-from bench.rivals_attention import COMPILED, Unit
+from bench.rivals_attention import Unit
 
-OURS = {"dien_ops": rivals.ours}
-RIVALS = rivals.on_gpu()
+OURS = {"dien_ops": composed.ours}
+RIVALS = composed.on_gpu()
 DTYPES = (torch.float32, torch.bfloat16)
 
 DIN = Unit(device="cuda")  # the released code's network
@@ -40,7 +41,7 @@ def rows(*problems: Unit):
 
 
 def measure(bench, p: Unit) -> None:
-    bench.measure(p, OURS, RIVALS, [Target(COMPILED, 1.0)], without_memory=rivals.WITHOUT_MEMORY_ON_GPU)
+    bench.measure(p, OURS, RIVALS, [Target(COMPILED, 1.0)], without_memory=composed.WITHOUT_MEMORY_ON_GPU)
 
 
 @pytest.mark.parametrize("p", rows(*PROBLEMS))

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from bench import rivals_attention as rivals
+from bench import composed
+from bench.composed import COMPILED, EAGER
 from bench.results import Target
-from bench.rivals_attention import COMPILED, EAGER, Auxiliary, Bilinear, Unit
+from bench.rivals_attention import Auxiliary, Bilinear, Unit
 
-OURS = {"dien_ops": rivals.ours}
-RIVALS = {EAGER: rivals.eager, COMPILED: rivals.compiled}
+OURS = {"dien_ops": composed.ours}
+RIVALS = {EAGER: composed.eager, COMPILED: composed.compiled}
 
 DIN = Unit()  # the released code's network
 
@@ -26,7 +27,7 @@ def measure(bench, p, targets=(), memory=None):
     """The row; a quick run compiles nothing."""
     contestants, absent = RIVALS, {}
     if bench.quick:
-        contestants, absent = {EAGER: rivals.eager}, {COMPILED: "left out of a quick run"}
+        contestants, absent = {EAGER: composed.eager}, {COMPILED: "left out of a quick run"}
     bench.measure(p, OURS, contestants, targets, absent=absent, memory=memory, without_memory=[COMPILED])
 
 

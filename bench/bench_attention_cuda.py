@@ -13,12 +13,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import rivals_attention as rivals
+from bench import composed
+from bench.composed import EAGER
 from bench.results import Target
-from bench.rivals_attention import EAGER, Auxiliary, Bilinear
+from bench.rivals_attention import Auxiliary, Bilinear
 
-OURS = {"dien_ops": rivals.ours}
-RIVALS = rivals.on_gpu()
+OURS = {"dien_ops": composed.ours}
+RIVALS = composed.on_gpu()
 DTYPES = torch.float32, torch.bfloat16
 
 # The shape of published DIEN benchmarks first: what a short run cannot reach stands last.
@@ -51,7 +52,7 @@ def rows(problems):
 
 
 def measure(bench, p, times: float) -> None:
-    bench.measure(p, OURS, RIVALS, [Target(EAGER, times)], without_memory=rivals.WITHOUT_MEMORY_ON_GPU)
+    bench.measure(p, OURS, RIVALS, [Target(EAGER, times)], without_memory=composed.WITHOUT_MEMORY_ON_GPU)
 
 
 @pytest.mark.parametrize("p", rows(ATTENTION + SEVERAL))

@@ -8,16 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import rivals_dice as rivals
+from bench import composed
+from bench.composed import COMPILED, EAGER
 from bench.results import COPY, Target
-from bench.rivals_dice import BATCH_NORM, COMPILED, EAGER, Activation
+from bench.rivals import in_dtype
+from bench.rivals_dice import BATCH_NORM, Activation, batch_norm
 
-OURS = {"dien_ops": rivals.ours}
-RIVALS = {EAGER: rivals.eager, BATCH_NORM: rivals.batch_norm, COMPILED: rivals.compiled}
+OURS = {"dien_ops": composed.ours}
+RIVALS = {EAGER: composed.eager, BATCH_NORM: batch_norm, COMPILED: composed.compiled}
 
 LARGE = Activation(65536, 80)
 BATCH = Activation(1024, 200)  # a mini-batch in DIEN's last layers
-SEQUENCES = Activation(2048, 80, steps=50)  # of the activation unit's hidden layer
+SEQUENCES = Activation(2048, 80, steps=50, uniform_lengths=True)  # of the activation unit's hidden layer
 NEAR_THE_COPY = 1 / 1.3
 
 
@@ -49,21 +51,21 @@ def test_dice_training_forward(bench, p, targets):
 )
 def test_dice_training(bench, p, targets):
     """Dice with the batch's statistics, forward and backward."""
-    measure(bench, replace(p, backward=True), targets)
+    measure(bench, replace(p, train=True), targets)
 
 
 @pytest.mark.parametrize("p, targets", rows((LARGE, Target(COPY, NEAR_THE_COPY)), (BATCH,), (SEQUENCES,)))
 def test_dice_evaluation(bench, p, targets):
     """Dice with moving averages, forward."""
-    measure(bench, replace(p, training=False), targets)
+    measure(bench, replace(p, batch_statistics=False), targets)
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "forward and backward"])
 @pytest.mark.parametrize("p, targets", rows((LARGE, Target("dien_ops, float32", 1.0))))
-def test_dice_bfloat16(bench, p, targets, backward):
+def test_dice_bfloat16(bench, p, targets, train):
     """Dice with the batch's statistics, in bfloat16."""
-    others = {"dien_ops, float32": rivals.ours} | {
-        f"{name}, bfloat16": rivals.in_dtype(factory, torch.bfloat16) for name, factory in RIVALS.items()
+    others = {"dien_ops, float32": composed.ours} | {
+        f"{name}, bfloat16": in_dtype(factory, torch.bfloat16) for name, factory in RIVALS.items()
     }
-    ours = {"dien_ops, bfloat16": rivals.in_dtype(rivals.ours, torch.bfloat16)}
-    measure(bench, replace(p, backward=backward), targets, ours, others, with_memory=False)  # no factory has a name
+    ours = {"dien_ops, bfloat16": in_dtype(composed.ours, torch.bfloat16)}
+    measure(bench, replace(p, train=train), targets, ours, others, with_memory=False)  # no factory has a name

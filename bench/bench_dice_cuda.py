@@ -8,14 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import rivals_dice as rivals
+from bench import composed
+from bench.composed import COMPILED, EAGER, OURS_FROM_A_GRAPH
 from bench.results import COPY, Target
 from bench.rivals import from_a_graph
-from bench.rivals_dice import BATCH_NORM, COMPILED, EAGER, Activation
+from bench.rivals_dice import BATCH_NORM, Activation, batch_norm
 
-OURS = {"dien_ops": rivals.ours}
-GRAPH = {"dien_ops, graph": from_a_graph(rivals.ours)}
-OTHERS = {EAGER: rivals.eager, BATCH_NORM: rivals.batch_norm}
+OURS = {"dien_ops": composed.ours}
+GRAPH = {OURS_FROM_A_GRAPH: from_a_graph(composed.ours)}
+OTHERS = {EAGER: composed.eager, BATCH_NORM: batch_norm}
 NEAR_THE_COPY = [Target(COPY, 0.8)]
 
 # The last is bound by its launches.
@@ -23,7 +24,7 @@ SHAPES = [
     (Activation(1 << 20, 80, device="cuda"), NEAR_THE_COPY),
     (Activation(1 << 18, 512, device="cuda"), NEAR_THE_COPY),
     (Activation(1 << 20, 37, device="cuda"), []),
-    (Activation(16384, 80, steps=50, device="cuda"), []),
+    (Activation(16384, 80, steps=50, uniform_lengths=True, device="cuda"), []),
     (Activation(65536, 80, device="cuda"), []),
 ]
 
@@ -46,8 +47,8 @@ def measure(bench, p: Activation, targets, others) -> None:
 @DTYPES
 def test_dice_training(bench, p, targets):
     """Dice with the batch's statistics, forward and backward."""
-    compiled = {COMPILED: rivals.compiled} if p.name == SHAPES[0][0].name else {}
-    measure(bench, replace(p, backward=True), targets, OTHERS | compiled)
+    compiled = {COMPILED: composed.compiled} if p.name == SHAPES[0][0].name else {}
+    measure(bench, replace(p, train=True), targets, OTHERS | compiled)
 
 
 @DTYPES
@@ -59,4 +60,4 @@ def test_dice_training_forward(bench, p, targets):
 @DTYPES
 def test_dice_evaluation(bench, p, targets):
     """Dice with moving averages, forward."""
-    measure(bench, replace(p, training=False), targets, OTHERS)
+    measure(bench, replace(p, batch_statistics=False), targets, OTHERS)

@@ -168,7 +168,7 @@ def with_threads(factory: Callable[[Recurrence], Contestant], threads: int) -> C
     return lambda p: replace(factory(p), threads=threads)
 
 
-def in_dtype(factory: Callable[[Recurrence], Contestant], dtype: torch.dtype) -> Callable[[Recurrence], Contestant]:
+def in_dtype(factory: Callable[[Any], Contestant], dtype: torch.dtype) -> Callable[[Any], Contestant]:
     return lambda p: factory(replace(p, dtype=dtype))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness, report, results, rivals, rivals_attention, rivals_dice
+from bench import composed, harness, report, results, rivals, rivals_attention, rivals_dice
 from bench.results import CEILING, COPY, PER_SECOND, NotRun, Row, Run, Sweep, Target, Timing
 
 ROOT = Path(report.__file__).parents[1]
@@ -370,7 +370,7 @@ def test_contestants_do_the_same_work(factory, problem, train):
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("lengths", [False, True])
-@pytest.mark.parametrize("factory", [rivals_attention.ours, rivals_attention.eager])
+@pytest.mark.parametrize("factory", [composed.ours, composed.eager])
 @pytest.mark.parametrize(
     "problem",
     [
@@ -391,16 +391,16 @@ def test_contestants_of_the_attention_column_do_the_same_work(factory, problem, 
 
 def test_dice_of_the_eager_unit_is_that_of_the_batch():
     problem = rivals_attention.Unit(4, 5, 3, (7, 2), "dice", train=True)
-    assert harness.check("eager", rivals_attention.eager(problem)) is not None
+    assert harness.check("eager", composed.eager(problem)) is not None
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "training"])
-@pytest.mark.parametrize("training", [False, True], ids=["averages", "batch"])
-@pytest.mark.parametrize("factory", [rivals_dice.ours, rivals_dice.eager, rivals_dice.batch_norm])
-@pytest.mark.parametrize("steps", [None, 4])
-def test_contestants_of_dice_do_the_same_work(factory, steps, training, backward):
-    problem = rivals_dice.Activation(30, 5, steps, training, backward)
-    if factory is rivals_dice.batch_norm and steps is not None:
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("batch_statistics", [False, True], ids=["averages", "batch"])
+@pytest.mark.parametrize("factory", [composed.ours, composed.eager, rivals_dice.batch_norm])
+@pytest.mark.parametrize("steps, lengths", [(None, False), (4, False), (4, True)])
+def test_contestants_of_dice_do_the_same_work(factory, steps, lengths, batch_statistics, train):
+    problem = rivals_dice.Activation(30, 5, steps, batch_statistics, train=train, uniform_lengths=lengths)
+    if factory is rivals_dice.batch_norm and lengths:
         with pytest.raises(harness.Unavailable, match="padding would count"):
             harness.check("contestant", factory(problem))
     else:
@@ -410,14 +410,12 @@ def test_contestants_of_dice_do_the_same_work(factory, steps, training, backward
 def test_bytes_of_dice_are_those_of_its_passes():
     p = rivals_dice.Activation(10, 8)
     tensor = 10 * 8 * 4
-    assert (p.bytes, replace(p, training=False).bytes) == (3 * tensor, 2 * tensor)
-    assert replace(p, backward=True).bytes == 8 * tensor
-    assert replace(p, dtype=torch.bfloat16, backward=True).bytes == 4 * tensor
-    padded = replace(p, steps=6)
+    assert (p.bytes, replace(p, batch_statistics=False).bytes) == (3 * tensor, 2 * tensor)
+    assert replace(p, train=True).bytes == 8 * tensor
+    assert replace(p, dtype=torch.bfloat16, train=True).bytes == 4 * tensor
+    padded = replace(p, steps=6, uniform_lengths=True)
     valid = int(padded.lengths.sum())
-    assert (
-        padded.bytes == (2 * valid + 60) * 8 * 4 and replace(padded, backward=True).bytes == (6 * valid + 120) * 8 * 4
-    )
+    assert padded.bytes == (2 * valid + 60) * 8 * 4 and replace(padded, train=True).bytes == (6 * valid + 120) * 8 * 4
 
 
 @pytest.mark.parametrize("factory", [rivals.ours, rivals.ours_on_copies, rivals.python_loop])

@@ -395,7 +395,7 @@ def test_every_row_of_dice_is_on_the_gpu_and_its_targets_are_shares_of_the_copy(
     for problem, ours, others, targets, _ in bench.calls:
         assert problem.device == "cuda" and list(ours) == ["dien_ops"]
         assert {t.against for t in targets} <= {results.COPY}
-        assert "F.batch_norm" in others and ("torch.compile" in others) <= problem.backward
+        assert "F.batch_norm" in others and ("torch.compile" in others) <= problem.train
 
 
 def test_compilations_stop_when_one_more_might_not_fit(monkeypatch):
