@@ -21,6 +21,41 @@ struct DiceEps {
     DIEN_OPS_HOST_DEVICE double root(double var) const { return sqrt(var + variance_eps); }
     // What s - E is divided by.
     DIEN_OPS_HOST_DEVICE double divisor(double var) const { return root(var) + eps; }
+    // The pull of dice_gradient, from scale and the mean of g_logit * centered. A column without deviation has no derivative
+    // there, as in reference.py: its pull is 0.
+    DIEN_OPS_HOST_DEVICE double pull(double scale, double var, double mean) const {
+        return root(var) > 0 ? scale / divisor(var) / root(var) * mean : 0;
+    }
+};
+
+// Joins mean and sum of squared deviations of `count` values with those of `other_count` more (Chan, Golub, LeVeque 1979); not
+// both counts are 0.
+struct DiceJoin {
+    double share, weight;
+
+    DIEN_OPS_HOST_DEVICE DiceJoin(double count, double other_count)
+        : share(other_count / (count + other_count)), weight(count * share) {}
+    DIEN_OPS_HOST_DEVICE void operator()(double& mean, double& deviation, double other_mean, double other_deviation) const {
+        const double delta = other_mean - mean;
+        mean += delta * share;
+        deviation += other_deviation + delta * delta * weight;
+    }
+};
+
+// A column's values: how many, their mean and the sum of their squared deviations; these numbers one after another.
+struct DiceMoments {
+    static constexpr int kNumbers = 3;
+    double v[kNumbers];
+
+    DIEN_OPS_HOST_DEVICE void join(const DiceMoments& other) {
+        const double count = v[0] + other.v[0];
+        if (count == 0) return;
+        DiceJoin(v[0], other.v[0])(v[1], v[2], other.v[1], other.v[2]);
+        v[0] = count;
+    }
+    DIEN_OPS_HOST_DEVICE double mean() const { return v[1]; }
+    // The biased one; 0 where there are no values.
+    DIEN_OPS_HOST_DEVICE double var() const { return v[0] > 0 ? v[2] / v[0] : 0; }
 };
 
 // f(s). Also the factor of df/ds that does not go through the gate, where s is 1.

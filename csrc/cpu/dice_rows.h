@@ -86,19 +86,15 @@ struct Moments {
     double* mean() const { return data + 1; }
     double* deviation() const { return data + 1 + C; }
 
-    // Joins n values of each column from `first` on to the count() that they stand for (Chan, Golub, LeVeque 1979): those of
-    // other_mean and other_deviation, in their order. count() itself stays.
+    // Joins n values of each column from `first` on to the count() that they stand for: those of other_mean and
+    // other_deviation, in their order. count() itself stays.
     void merge_columns(int64_t first, int64_t columns, double n, const double* other_mean,
                        const double* other_deviation) const {
-        const double share = n / (count() + n), weight = count() * share;
+        const DiceJoin join(count(), n);
         double* const means = mean() + first;
         double* const deviations = deviation() + first;
 #pragma GCC ivdep
-        for (int64_t c = 0; c < columns; ++c) {
-            const double delta = other_mean[c] - means[c];
-            means[c] += delta * share;
-            deviations[c] += other_deviation[c] + delta * delta * weight;
-        }
+        for (int64_t c = 0; c < columns; ++c) join(means[c], deviations[c], other_mean[c], other_deviation[c]);
     }
     void merge(double n, const double* other_mean, const double* other_deviation) const {
         if (n == 0) return;
@@ -237,15 +233,13 @@ struct DiceFeedback {
     const T* pull;          // [C]
 };
 
-// Fills the first C columns of data [2, width] from the sums [3, C] over all `count` rows. A column without deviation has no
-// derivative there, as in reference.py: its pull is 0.
+// Fills the first C columns of data [2, width] from the sums [3, C] over all `count` rows.
 template <typename T>
 void fill_dice_feedback(const double* sums, double count, const T* var, const T* scale, const DiceEps& eps, int64_t C,
                         int64_t width, T* data) {
     for (int64_t c = 0; c < C; ++c) {
-        const double root = eps.root(var[c]);
         data[c] = count > 0 ? T(sums[C + c] / count) : T(0);
-        data[width + c] = root > 0 ? T(double(scale[c]) / eps.divisor(var[c]) / root * (sums[2 * C + c] / count)) : T(0);
+        data[width + c] = count > 0 ? T(eps.pull(scale[c], var[c], sums[2 * C + c] / count)) : T(0);
     }
 }
 

@@ -617,14 +617,11 @@ void feed_back(UnitParams<S> p, int layer, DiceEps eps, gmem<const Compute<S>> s
     centered = sum_over_threads(of_warps, centered);
     if (thread_index() > 0) return;
     const double count = double(p.total_steps() * p.s.targets);
-    const double var = statistics.ld(p.s.statistics + l.statistic + block_index()), root = eps.root(var);
+    const double var = statistics.ld(p.s.statistics + l.statistic + block_index());
     const double scale = columns.ld(int64_t(kScale) * p.s.columns + column);
     using T = Compute<S>;
     columns.st(int64_t(kMeanLogitGradient) * p.s.columns + column, count > 0 ? T(logit / count) : T(0));
-    // A column without deviation has no derivative there, as in reference.py.
-    const bool has_pull = count > 0 && root > 0;
-    columns.st(int64_t(kPull) * p.s.columns + column,
-               has_pull ? T(scale / eps.divisor(var) / root * (centered / count)) : T(0));
+    columns.st(int64_t(kPull) * p.s.columns + column, count > 0 ? T(eps.pull(scale, var, centered / count)) : T(0));
 }
 
 // A layer's gradients in torch's layout, from the blocks' parts: a lane for each number, weight, bias, output weight and alpha

@@ -9,8 +9,8 @@
 //
 // With batch statistics a layer needs the moments of all rows of the layer below. Stage l < L computes layer l before its
 // activation and keeps it, with count, mean and squared deviations of each column for every 16 rows, taken in registers;
-// merge_moments joins these in a fixed order (Chan, Golub, LeVeque 1979); stage L ends in the logits. Without batch statistics
-// the same kernel runs all stages at once.
+// merge_moments joins these in a fixed order; stage L ends in the logits. Without batch statistics the same kernel runs all
+// stages at once.
 //
 // The floor, for an H100: 2 (2 D H1 + H1 H2 + H2) operations per row on matrix units (half of this kernel's first layer more,
 // for W_q q of every row), 2 exponentials or reciprocals per hidden value, 16 of them per multiprocessor and cycle, and the
@@ -248,8 +248,7 @@ void unit_logits(LogitsParams<typename Math::Storage> p, int first_stage, int la
     }
 }
 
-// The batch's mean and variance of a layer's column, from the moments of its rows, and its scale. A block for each column:
-// every thread joins a run of parts, and then each the sums of the thread half of the rest further on.
+// The batch's mean and variance of a layer's column, from the moments of its rows, and its scale. A block for each column.
 template <typename S>
 DIEN_OPS_KERNEL(kElementThreads)
 void merge_moments(UnitParams<S> p, int layer, DiceEps eps, gmem<const double> moments, gmem<Compute<S>> columns,
@@ -259,37 +258,18 @@ void merge_moments(UnitParams<S> p, int layer, DiceEps eps, gmem<const double> m
     const int64_t column = block_index(), parts = moment_parts(p.s), steps = p.total_steps();
     const int row_tiles = p.s.rows / kTileRows;
     const int64_t per_target = p.s.most_tiles() * row_tiles, used = divide_up<int64_t>(steps, kTileRows);
-    Arena arena;
-    const auto counts = arena.take<double>(kElementThreads, "counts");
-    const auto means = arena.take<double>(kElementThreads, "means");
-    const auto deviations = arena.take<double>(kElementThreads, "deviations");
-    double count = 0, mean = 0, deviation = 0;
-    const auto join = [&](double n, double other_mean, double other_deviation) {
-        if (n == 0) return;
-        const double total = count + n, delta = other_mean - mean;
-        mean += delta * (n / total);
-        deviation += other_deviation + delta * delta * (count * n / total);
-        count = total;
-    };
+    DiceMoments mine = {};
     for (int64_t i = thread_index(); i < used * p.s.targets; i += kElementThreads) {
         const int64_t c = i / used, m = i % used, left = steps - m * kTileRows, part = c * per_target + m;
-        join(left < kTileRows ? double(left) : double(kTileRows), moments.ld(column * parts + part),
-             moments.ld((l.outputs + column) * parts + part));
+        mine.join({{left < kTileRows ? double(left) : double(kTileRows), moments.ld(column * parts + part),
+                    moments.ld((l.outputs + column) * parts + part)}});
     }
-    for (int half = kElementThreads / 2; half > 0; half /= 2) {
-        counts.st(thread_index(), count), means.st(thread_index(), mean), deviations.st(thread_index(), deviation);
-        sync_block();
-        if (thread_index() < half) {
-            const int other = thread_index() + half;
-            join(counts.ld(other), means.ld(other), deviations.ld(other));
-        }
-        sync_block();
-    }
+    mine = join_block(mine);
     if (thread_index() > 0) return;
-    const T var = count > 0 ? T(deviation / count) : T(0);
-    columns.st(int64_t(kMean) * p.s.columns + l.columns + column, T(mean));
+    const T mean = T(mine.mean()), var = T(mine.var());
+    columns.st(int64_t(kMean) * p.s.columns + l.columns + column, mean);
     columns.st(int64_t(kScale) * p.s.columns + l.columns + column, T(1.0 / eps.divisor(var)));
-    statistics.st(l.statistic + column, T(mean));
+    statistics.st(l.statistic + column, mean);
     statistics.st(p.s.statistics + l.statistic + column, var);
 }
 
@@ -456,8 +436,8 @@ void unit_forward(Stream stream, const UnitForward<S>& p) {
             for (int layer = 0; layer < s.hidden_layers; ++layer) {
                 stages(layer, layer);
                 launch("unit_merge_moments", merge_moments<S>,
-                       Grid{s.layer[layer].outputs, 1, 1, kElementThreads, 3 * arena_bytes<double>(kElementThreads)}, stream,
-                       params, layer, p.eps, gmem<const double>(params.moments),
+                       Grid{s.layer[layer].outputs, 1, 1, kElementThreads, join_block_bytes<DiceMoments>(kElementThreads)},
+                       stream, params, layer, p.eps, gmem<const double>(params.moments),
                        gmem<T>{p.columns, int64_t(kUnitColumns) * s.columns, "columns"},
                        gmem<T>{p.statistics, 2 * s.statistics, "statistics"});
             }

@@ -15,8 +15,8 @@
 //
 // Sums are of Compute<S> over at most kMostRows rows of a thread, then of double: over the threads of a block by halves,
 // through shared memory, and over the blocks ("parts") by a second launch with a block for each column. The order follows from
-// the sizes alone. Moments are sums of distances from the thread's first row, joined as mean and deviation (Chan, Golub,
-// LeVeque 1979): a large mean costs no precision.
+// the sizes alone. Moments are sums of distances from the thread's first row, joined as mean and deviation: a
+// large mean costs no precision.
 #include "cuda/dice.h"
 
 #include "cuda/dice_rows.cuh"
@@ -25,21 +25,6 @@ namespace dien_ops::cuda {
 namespace {
 
 // -------------------------------------------------------------------------------------------------------------- sums
-
-// Numbers that are joined, in double: count values, their mean and the sum of their squared deviations.
-struct Moments {
-    static constexpr int kNumbers = 3;
-    double v[kNumbers];  // count, mean, deviation
-
-    DIEN_OPS_DEVICE void join(const Moments& other) {
-        const double count = v[0] + other.v[0];
-        if (count == 0) return;
-        const double share = other.v[0] / count, delta = other.v[1] - v[1];
-        v[1] += delta * share;
-        v[2] += other.v[2] + delta * delta * (v[0] * share);
-        v[0] = count;
-    }
-};
 
 // A count of rows; the sums of the gradient of alpha, of g_logit and of g_logit (s - E).
 struct Sums {
@@ -108,8 +93,6 @@ DIEN_OPS_DEVICE void store_part(const gmem<double>& partial, const Joined (&mine
 template <typename Joined>
 DIEN_OPS_DEVICE Joined join_parts(const gmem<const double>& partial, int64_t channels, int64_t parts) {
     constexpr int kNumbers = Joined::kNumbers;
-    Arena arena;
-    const view<double> shared = arena.take<double>(kThreads / kWarp * kNumbers, "joined warps");
     const int64_t column = block_index();
     Joined mine = {};
     for (int64_t part = thread_index(); part < parts; part += kThreads) {
@@ -118,32 +101,12 @@ DIEN_OPS_DEVICE Joined join_parts(const gmem<const double>& partial, int64_t cha
         for (int k = 0; k < kNumbers; ++k) other.v[k] = partial.ld((k * channels + column) * parts + part);
         mine.join(other);
     }
-#pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-        Joined other;
-#pragma unroll
-        for (int k = 0; k < kNumbers; ++k) other.v[k] = shuffle_xor(mine.v[k], mask);
-        mine.join(other);
-    }
-    if (lane_index() == 0) {
-#pragma unroll
-        for (int k = 0; k < kNumbers; ++k) shared.st(warp_index() * kNumbers + k, mine.v[k]);
-    }
-    sync_block();
-    if (thread_index() == 0) {
-        for (int warp = 1; warp < kThreads / kWarp; ++warp) {
-            Joined other;
-#pragma unroll
-            for (int k = 0; k < kNumbers; ++k) other.v[k] = shared.ld(warp * kNumbers + k);
-            mine.join(other);
-        }
-    }
-    return mine;
+    return join_block(mine);
 }
 
 template <typename Joined>
 Grid join_grid(int64_t channels) {
-    return {channels, 1, 1, kThreads, arena_bytes<double>(kThreads / kWarp * Joined::kNumbers)};
+    return {channels, 1, 1, kThreads, join_block_bytes<Joined>(kThreads)};
 }
 
 // ----------------------------------------------------------------------------------------------------------- moments
@@ -171,7 +134,7 @@ void part_moments(Tiling l, gmem<const int64_t> lengths, gmem<const S> input, gm
             ++count;
         },
         input);
-    Moments mine[kColumns];
+    DiceMoments mine[kColumns];
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
         const double offset = count > 0 ? double(sum.v[i]) / count : 0, deviation = square.v[i] - sum.v[i] * offset;
@@ -184,10 +147,10 @@ void part_moments(Tiling l, gmem<const int64_t> lengths, gmem<const S> input, gm
 template <typename T>
 DIEN_OPS_KERNEL(kThreads)
 void join_moments(gmem<const double> partial, int64_t channels, int64_t parts, gmem<T> mean, gmem<T> var) {
-    const Moments all = join_parts<Moments>(partial, channels, parts);
+    const DiceMoments all = join_parts<DiceMoments>(partial, channels, parts);
     if (thread_index() != 0) return;
-    mean.st(block_index(), T(all.v[1]));
-    var.st(block_index(), all.v[0] > 0 ? T(all.v[2] / all.v[0]) : T(0));
+    mean.st(block_index(), T(all.mean()));
+    var.st(block_index(), T(all.var()));
 }
 
 // ----------------------------------------------------------------------------------------------- the gate, its gradient
@@ -319,14 +282,13 @@ void join_sums(gmem<const double> partial, int64_t channels, int64_t parts, Colu
     const Sums all = join_parts<Sums>(partial, channels, parts);
     if (thread_index() != 0) return;
     const int64_t c = block_index();
-    const double count = all.v[0], var = from.var.ld(c), root = from.eps.root(var), divisor = from.eps.divisor(var);
+    const double count = all.v[0], var = from.var.ld(c), divisor = from.eps.divisor(var);
     to.alpha.st(c, T(all.v[1]));
     to.bias.st(c, T(all.v[2]));
     to.weight.st(c, T(all.v[3] / divisor));
-    // A column without deviation has no derivative there, as in reference.py: its pull is 0.
     const T scale = T((from.weight ? from.weight.ld(c) : T(1)) / divisor);
     to.feedback.st(c, count > 0 ? T(all.v[2] / count) : T(0));
-    to.feedback.st(channels + c, count > 0 && root > 0 ? T(double(scale) / divisor / root * (all.v[3] / count)) : T(0));
+    to.feedback.st(channels + c, count > 0 ? T(from.eps.pull(scale, var, all.v[3] / count)) : T(0));
 }
 
 template <typename S, int kColumns>
@@ -408,7 +370,7 @@ gmem<S> tensor(S* data, int64_t rows, int64_t channels, const char* name) {
 
 template <typename S>
 int64_t dice_moments_partial(const DiceProblem<S>& p) {
-    return Moments::kNumbers * p.channels * tiling(p, columns_of_thread(p, kWide<S>)).parts;
+    return DiceMoments::kNumbers * p.channels * tiling(p, columns_of_thread(p, kWide<S>)).parts;
 }
 
 template <typename S>
@@ -423,9 +385,9 @@ void dice_moments(Stream stream, const DiceProblem<S>& p, double* partial, Compu
     const auto input = tensor(p.input, p.rows(), p.channels, "input");
     const auto run = [&](auto columns, const Tiling& l) {
         constexpr int kColumns = columns();
-        launch("dice_part_moments", part_moments<S, kColumns>, l.grid(join_bytes<Moments, kColumns>(l)), stream, l,
+        launch("dice_part_moments", part_moments<S, kColumns>, l.grid(join_bytes<DiceMoments, kColumns>(l)), stream, l,
                lengths_of(p), input, parts);
-        launch("dice_join_moments", join_moments<T>, join_grid<Moments>(p.channels), stream, gmem<const double>(parts),
+        launch("dice_join_moments", join_moments<T>, join_grid<DiceMoments>(p.channels), stream, gmem<const double>(parts),
                p.channels, l.parts, gmem<T>(mean, p.channels, "mean"), gmem<T>(var, p.channels, "var"));
     };
     with_columns<kWide<S>>(p, run, p.input);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels with a thread per element, and sums: over a warp, and over the parts that the blocks of a launch leave behind.
+// Kernels with a thread per element, and sums: over a warp, over a block, and over the parts that the blocks of a launch leave
+// behind.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -29,6 +30,40 @@ DIEN_OPS_DEVICE T warp_max(T x) {
         x = x < other ? other : x;
     }
     return x;
+}
+
+// Bytes that join_block needs for so many threads.
+template <typename Joined>
+int64_t join_block_bytes(int threads) {
+    return arena_bytes<double>(threads / kWarp * Joined::kNumbers);
+}
+
+// Joins what all threads of the block have, in an order of its own; thread 0 has the result. All threads call, with nothing
+// else in shared memory. Joined has its numbers as double v[kNumbers], and join(other).
+template <typename Joined>
+DIEN_OPS_DEVICE Joined join_block(Joined mine) {
+    constexpr int kNumbers = Joined::kNumbers;
+    Arena arena;
+    const view<double> of_warps = arena.take<double>(block_warps() * kNumbers, "joined warps");
+    Joined other;
+#pragma unroll
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+#pragma unroll
+        for (int k = 0; k < kNumbers; ++k) other.v[k] = shuffle_xor(mine.v[k], mask);
+        mine.join(other);
+    }
+    if (lane_index() == 0) {
+#pragma unroll
+        for (int k = 0; k < kNumbers; ++k) of_warps.st(warp_index() * kNumbers + k, mine.v[k]);
+    }
+    sync_block();
+    if (thread_index() > 0) return mine;
+    for (int warp = 1; warp < block_warps(); ++warp) {
+#pragma unroll
+        for (int k = 0; k < kNumbers; ++k) other.v[k] = of_warps.ld(warp * kNumbers + k);
+        mine.join(other);
+    }
+    return mine;
 }
 
 namespace {
