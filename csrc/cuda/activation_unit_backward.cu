@@ -11,10 +11,9 @@
 // Sums have one order, which sizes and lengths fix. A block has its own part of the weights' gradients in global memory (that
 // is, in the L2 cache); each number is one lane's alone, in all its tiles, which starts its product from it and needs no
 // barrier. The columns' sums (biases, alphas) lie in shared memory, one for every 16 rows of a tile, each a lane's alone too.
-// finish_layer adds the blocks' parts up. The keys' gradient sums
-// over targets in shared memory, the steps of a tile being the same for all of them; where there are few steps, blocks share
-// their targets and finish_keys adds up. The query's gradient sums over steps: a tile leaves a sum for every sequence that it
-// has steps of, and finish_query adds a sequence's tiles.
+// The keys' gradient sums over targets in shared memory, the steps of a tile being the same for all of them; where there are
+// few steps, blocks share their targets. The query's gradient sums over steps: a tile leaves a sum for every sequence that it
+// has steps of. What blocks and tiles leave behind activation_unit_sums.cu adds up.
 //
 // Dice with batch statistics needs three sums over all rows before a gradient goes through it. Stage L takes the logits'
 // gradient to the last layer's values behind the activation, stage l < L that of layer l through the activation and the
@@ -22,23 +21,10 @@
 // one launch.
 //
 // The floor is three times the forward's products; see there.
-
-#include "cuda/activation_unit.cuh"
+#include "cuda/activation_unit_backward.cuh"
 
 namespace dien_ops::cuda {
 namespace {
-
-constexpr int64_t kMostParts = 264;  // two blocks for each multiprocessor of an H100
-constexpr int64_t kMostBytes = 64 << 20;
-
-// Sums over rows: the bias's gradient, the output weight's, alpha's, or the first of Dice's three, and the other two.
-enum UnitSum { kSumBias, kSumOutput, kSumAlpha, kSumLogit, kSumCentered, kUnitSums };
-
-// Those that there are.
-DIEN_OPS_HOST_DEVICE int unit_sums(const UnitShape& s) {
-    if (s.batch_statistics) return kUnitSums;
-    return s.activation == Activation::sigmoid ? kSumAlpha : kSumLogit;
-}
 
 // ---------------------------------------------------------------------------------------------- products over a tile's rows
 
@@ -175,55 +161,6 @@ void unit_grad_logits(UnitParams<S> p, gmem<const S> scores, gmem<const S> grad_
 
 // ------------------------------------------------------------------------------------------------------------ the layers
 
-// How the work is cut up, and where what the blocks leave behind lies in `partial`; from sizes alone.
-struct Parts {
-    int64_t tiles, targets;      // parts of the tiles, and of the targets
-    int64_t gradients, sums;     // [blocks, s.gradient], [blocks, unit_sums, columns]
-    int64_t query, keys;         // [tiles + B, C, D], [targets, B * T, D] where they are more than 1
-    int64_t pair_sums, numbers;  // [B * C], all of it
-
-    int64_t blocks() const { return tiles * targets; }
-    Parts(const UnitShape& s, int64_t size) {
-        const int64_t most = std::max<int64_t>(1, std::min(kMostParts, kMostBytes / std::max<int64_t>(1, s.gradient * size)));
-        const int64_t most_tiles = s.most_tiles();
-        tiles = std::min(most_tiles, most);
-        targets = tiles == 0 ? 0 : std::min(s.targets, std::max<int64_t>(1, most / tiles));
-        int64_t at = 0;
-        const auto take = [&](int64_t n) { return (at += round_up<int64_t>(n, 16)) - round_up<int64_t>(n, 16); };
-        gradients = take(blocks() * s.gradient);
-        sums = take(blocks() * unit_sums(s) * s.columns);
-        query = take((most_tiles + s.batch) * s.targets * s.dim);
-        keys = take(targets > 1 ? targets * s.batch * s.steps * s.dim : 0);
-        pair_sums = take(s.batch * s.targets);
-        numbers = at;
-    }
-};
-
-template <typename S>
-struct GradientParams : UnitParams<S> {
-    using T = Compute<S>;
-    int64_t tile_parts, target_parts;
-    gmem<const S> scores, grad_pooled;
-    gmem<const T> grad_logits, hidden;
-    gmem<T> hidden_gradient, gradients, sums, query_sums, keys_sums;
-    gmem<S> grad_keys;
-
-    GradientParams(const UnitBackward<S>& p, const UnitShape& s, const Parts& parts)
-        : UnitParams<S>(p, s, parts.blocks()),
-          tile_parts(parts.tiles),
-          target_parts(parts.targets),
-          scores(p.scores, p.rows(), "scores"),
-          grad_pooled(p.grad_pooled, p.pairs() * p.embedding_dim, "grad_pooled"),
-          grad_logits(p.grad_logits, p.rows(), "grad_logits"),
-          hidden(p.hidden, s.hidden, "hidden"),
-          hidden_gradient(p.hidden_gradient, s.hidden, "gradient of hidden"),
-          gradients(p.partial + parts.gradients, parts.sums - parts.gradients, "parts of weights' gradients"),
-          sums(p.partial + parts.sums, parts.query - parts.sums, "parts of columns' sums"),
-          query_sums(p.partial + parts.query, parts.keys - parts.query, "parts of grad_query"),
-          keys_sums(p.partial + parts.keys, parts.pair_sums - parts.keys, "parts of grad_keys"),
-          grad_keys(p.grad_keys, p.batch * p.steps * p.embedding_dim, "grad_keys") {}
-};
-
 template <typename T>
 int64_t gradients_fixed(int rows) {
     return UnitRows::bytes(rows) + arena_bytes<T>(rows);
@@ -266,7 +203,7 @@ struct TileGradients {
     static constexpr bool kOneType = std::is_same_v<T, Operand>;
     static constexpr int kTriples = kItemTriples<Math>;
 
-    const GradientParams<S>& p;
+    const UnitGradientParams<S>& p;
     const UnitShape& s;
     UnitRows rows;
     view<T> grad_logit;
@@ -277,7 +214,7 @@ struct TileGradients {
     int64_t tile, c;
 
     template <typename Memory>
-    DIEN_OPS_DEVICE TileGradients(const GradientParams<S>& p, Arena& arena, Memory& memory)
+    DIEN_OPS_DEVICE TileGradients(const UnitGradientParams<S>& p, Arena& arena, Memory& memory)
         : p(p),
           s(p.s),
           rows(arena, s.rows),
@@ -551,7 +488,7 @@ struct TileGradients {
 
 template <typename Math, bool kShared, bool kKept>
 DIEN_OPS_KERNEL((kUnitResidentThreads<Math, kShared>))
-void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, int last_stage) {
+void unit_gradients(UnitGradientParams<typename Math::Storage> p, int first_stage, int last_stage) {
     const UnitShape& s = p.s;
     Arena arena;
     GlobalArena workspace(p.workspace, s.memory_bytes);
@@ -591,130 +528,6 @@ void unit_gradients(GradientParams<typename Math::Storage> p, int first_stage, i
     work.store_sums(first_launch);
 }
 
-// -------------------------------------------------------------------------------------------------------- sums over blocks
-
-// The sum over the block's threads, in a fixed order; thread 0 has it.
-template <typename T>
-DIEN_OPS_DEVICE T sum_over_threads(const view<T>& memory, T x) {
-    return over_block(memory, warp_sum(x), [](T a, T b) { return a + b; });
-}
-
-// What goes back through Dice's statistics of a layer's column, from the sums over all rows. A block for each column.
-template <typename S>
-DIEN_OPS_KERNEL(kElementThreads)
-void feed_back(UnitParams<S> p, int layer, DiceEps eps, gmem<const Compute<S>> sums, int64_t blocks,
-               gmem<const Compute<S>> statistics, gmem<Compute<S>> columns) {
-    const UnitLayer& l = p.s.layer[layer];
-    const int64_t column = l.columns + block_index(), sums_size = unit_sums(p.s) * p.s.columns;
-    Arena arena;
-    const auto of_warps = arena.take<double>(kElementThreads / kWarp, "of warps");
-    double logit = 0, centered = 0;
-    for (int64_t block = thread_index(); block < blocks; block += kElementThreads) {
-        logit += sums.ld(block * sums_size + kSumLogit * p.s.columns + column);
-        centered += sums.ld(block * sums_size + kSumCentered * p.s.columns + column);
-    }
-    logit = sum_over_threads(of_warps, logit);
-    centered = sum_over_threads(of_warps, centered);
-    if (thread_index() > 0) return;
-    const double count = double(p.total_steps() * p.s.targets);
-    const double var = statistics.ld(p.s.statistics + l.statistic + block_index());
-    const double scale = columns.ld(int64_t(kScale) * p.s.columns + column);
-    using T = Compute<S>;
-    columns.st(int64_t(kMeanLogitGradient) * p.s.columns + column, count > 0 ? T(logit / count) : T(0));
-    columns.st(int64_t(kPull) * p.s.columns + column, count > 0 ? T(eps.pull(scale, var, centered / count)) : T(0));
-}
-
-// A layer's gradients in torch's layout, from the blocks' parts: a lane for each number, weight, bias, output weight and alpha
-// after each other, and for it 8 warps, which share the parts.
-template <typename T>
-DIEN_OPS_KERNEL(kElementThreads)
-void finish_layer(UnitShape s, int layer, int64_t blocks, gmem<const T> gradients, gmem<const T> sums, gmem<T> weight,
-                  gmem<T> bias, gmem<T> output_weight, gmem<T> alpha) {
-    constexpr int kWarps = kElementThreads / kWarp;
-    const UnitLayer& l = s.layer[layer];
-    const int64_t H = l.outputs, inputs = layer == 0 ? 4 * s.dim : l.inputs, numbers = H * inputs;
-    int64_t i = block_index() * kWarp + lane_index();
-    Arena arena;
-    const auto of_warps = arena.take<T>(kElementThreads, "of warps");
-    T sum = 0;
-    const bool of_weight = i < numbers;
-    if (of_weight) {
-        const int64_t o = i / inputs, input = i % inputs;
-        int64_t part = layer == 0 ? input / s.dim : 0, at = input;
-        // x has q, k, q * k; q - k is in W_q + W_d and in W_k - W_d.
-        const bool difference = layer == 0 && part == 2;
-        if (difference) at = input - 2 * s.dim;
-        if (layer == 0 && part == 3) at = input - s.dim;
-        at += l.gradient + o * unit_width(l.inputs);
-#pragma unroll 8
-        for (int64_t block = warp_index(); block < blocks; block += kWarps) {
-            T value = gradients.ld(block * s.gradient + at);
-            if (difference) value -= gradients.ld(block * s.gradient + at + s.dim);
-            sum += value;
-        }
-    } else if (const int64_t kind = (i - numbers) / H; kind < 3 && kind < unit_sums(s)) {
-        const int64_t at = kind * s.columns + l.columns + (i - numbers) % H;
-#pragma unroll 8
-        for (int64_t block = warp_index(); block < blocks; block += kWarps) {
-            sum += sums.ld(block * unit_sums(s) * s.columns + at);
-        }
-    }
-    of_warps.st(thread_index(), sum);
-    sync_block();
-    if (warp_index() > 0) return;
-    for (int w = 1; w < kWarps; ++w) sum += of_warps.ld(w * kWarp + lane_index());
-    if (of_weight) return weight.st(i, sum);
-    i -= numbers;
-    if (bias && i < H) bias.st(i, sum);
-    if (output_weight && i >= H && i < 2 * H) output_weight.st(i - H, sum);
-    if (alpha && i >= 2 * H && i < 3 * H) alpha.st(i - 2 * H, sum);
-}
-
-// One block: to [1] = the sum of n numbers.
-template <typename T>
-DIEN_OPS_KERNEL(kElementThreads)
-void sum_pairs(gmem<const T> from, int64_t n, gmem<T> to) {
-    Arena arena;
-    const auto of_warps = arena.take<T>(kElementThreads / kWarp, "of warps");
-    T sum = 0;
-#pragma unroll 4
-    for (int64_t i = thread_index(); i < n; i += kElementThreads) sum += from.ld(i);
-    sum = sum_over_threads(of_warps, sum);
-    if (thread_index() == 0) to.st(0, sum);
-}
-
-template <typename S>
-DIEN_OPS_KERNEL(kElementThreads)
-void finish_query(UnitParams<S> p, gmem<const Compute<S>> query_sums, gmem<S> grad_query) {
-    const int64_t i = element_index(), pair = i / p.s.dim, e = i % p.s.dim;
-    if (pair >= p.s.batch * p.s.targets) return;
-    const int64_t b = pair / p.s.targets, c = pair % p.s.targets, length = p.length(b), first = p.first_step(b);
-    Compute<S> sum = 0;
-    if (length > 0) {
-        for (int64_t tile = first / p.s.rows; tile <= (first + length - 1) / p.s.rows; ++tile) {
-            sum += query_sums.ld(((tile + b) * p.s.targets + c) * p.s.dim + e);
-        }
-    }
-    grad_query.st(i, to_storage<S>(sum));
-}
-
-// grad_keys: the sum of the parts, where there are several, and zeros behind the lengths.
-template <typename S>
-DIEN_OPS_KERNEL(kElementThreads)
-void finish_keys(UnitParams<S> p, gmem<const Compute<S>> keys_sums, int64_t parts, gmem<S> grad_keys) {
-    const int64_t i = element_index(), numbers = p.s.batch * p.s.steps * p.s.dim;
-    if (i >= numbers) return;
-    const int64_t place = i / p.s.dim, b = place / p.s.steps;
-    const bool present = place % p.s.steps < p.length(b);
-    if (present && parts == 1) return;
-    Compute<S> sum = 0;
-    if (present) {
-#pragma unroll 4
-        for (int64_t part = 0; part < parts; ++part) sum += keys_sums.ld(part * numbers + i);
-    }
-    grad_keys.st(i, to_storage<S>(sum));
-}
-
 template <typename Math, typename S>
 UnitShape gradients_shape(const UnitProblem<S>& p) {
     using T = Compute<S>;
@@ -735,7 +548,7 @@ int64_t unit_backward_workspace(const UnitProblem<S>& p) {
     int64_t bytes = 0;
     with_math<S>(p.tf32, [&](auto math) {
         const UnitShape s = gradients_shape<decltype(math)>(p);
-        bytes = s.shared ? 0 : Parts(s, sizeof(Compute<S>)).blocks() * s.memory_bytes;
+        bytes = s.shared ? 0 : UnitParts(s, sizeof(Compute<S>)).blocks() * s.memory_bytes;
     });
     return bytes;
 }
@@ -743,7 +556,8 @@ int64_t unit_backward_workspace(const UnitProblem<S>& p) {
 template <typename S>
 int64_t unit_backward_partial(const UnitProblem<S>& p) {
     int64_t numbers = 0;
-    with_math<S>(p.tf32, [&](auto math) { numbers = Parts(gradients_shape<decltype(math)>(p), sizeof(Compute<S>)).numbers; });
+    with_math<S>(p.tf32,
+                 [&](auto math) { numbers = UnitParts(gradients_shape<decltype(math)>(p), sizeof(Compute<S>)).numbers; });
     return numbers;
 }
 
@@ -753,7 +567,6 @@ void unit_backward(Stream stream, const UnitBackward<S>& p) {
     with_math<S>(p.tf32, [&](auto math) {
         using Math = decltype(math);
         const UnitShape s = gradients_shape<Math>(p);
-        const Parts parts(s, sizeof(T));
         // The given statistics, layer by layer, for Dice's columns: the batch's are as good as given here.
         std::vector<const T*> means, vars;
         if (s.activation == Activation::dice) {
@@ -763,13 +576,12 @@ void unit_backward(Stream stream, const UnitBackward<S>& p) {
             }
         }
         unit_prepare<Math>(stream, p, s, true, means, vars, nullptr);
-        const GradientParams<S> params(p, s, parts);
-        const gmem<T> pair_sums = {p.partial + parts.pair_sums, p.pairs(), "sums of pairs"};
+        const UnitGradientParams<S> params(p, s, UnitParts(s, sizeof(T)));
         launch("unit_grad_logits", unit_grad_logits<S>, Grid{p.pairs(), 1, 1, kPairThreads, arena_bytes<T>(kPairWarps)}, stream,
                params, params.scores, params.grad_pooled, gmem<const S>{p.grad_scores, p.rows(), "grad_scores"},
-               gmem<T>{p.grad_logits, p.rows(), "grad_logits"}, pair_sums);
+               gmem<T>{p.grad_logits, p.rows(), "grad_logits"}, params.pair_sums);
 
-        const Grid grid = {parts.blocks(), 1, 1, kUnitThreads, unit_shared_bytes(s, gradients_fixed<T>)};
+        const Grid grid = {params.blocks(), 1, 1, kUnitThreads, unit_shared_bytes(s, gradients_fixed<T>)};
         const auto stages = [&](int first, int last) {
             with_constant(s.shared, [&](auto shared) {
                 with_constant(p.batch_statistics, [&](auto kept) {
@@ -780,35 +592,11 @@ void unit_backward(Stream stream, const UnitBackward<S>& p) {
         if (p.batch_statistics) {
             for (int stage = s.hidden_layers; stage > 0; --stage) {
                 stages(stage, stage);
-                launch("unit_feed_back", feed_back<S>,
-                       Grid{s.layer[stage - 1].outputs, 1, 1, kElementThreads, arena_bytes<double>(kElementThreads / kWarp)},
-                       stream, params, stage - 1, p.eps, gmem<const T>(params.sums), parts.blocks(),
-                       gmem<const T>{p.statistics, 2 * s.statistics, "statistics"},
-                       gmem<T>{p.columns, int64_t(kUnitColumns) * s.columns, "columns"});
+                unit_feed_back(stream, p, params, stage - 1);
             }
         }
         stages(p.batch_statistics ? 0 : s.hidden_layers, 0);
-
-        for (int i = 0; i < s.layers; ++i) {
-            const UnitLayer& l = s.layer[i];
-            const int64_t H = l.outputs, numbers = H * (i == 0 ? 4 * s.dim : l.inputs);
-            gmem<T> bias = {p.grad_biases[i], H, "grad_biases"}, alpha = {}, output = {};
-            if (s.hidden_layers == 0) bias = {};
-            if (!p.grad_alphas.empty()) alpha = {p.grad_alphas[i], H, "grad_alphas"};
-            if (i + 1 == s.hidden_layers) output = {p.grad_weights.back(), H, "grad_weights of the output"};
-            launch("unit_finish_layer", finish_layer<T>,
-                   Grid{divide_up<int64_t>(numbers + 3 * H, kWarp), 1, 1, kElementThreads, arena_bytes<T>(kElementThreads)},
-                   stream, s, i, parts.blocks(), gmem<const T>(params.gradients), gmem<const T>(params.sums),
-                   gmem<T>{p.grad_weights[i], numbers, "grad_weights"}, bias, output, alpha);
-        }
-        launch("unit_sum_pairs", sum_pairs<T>, Grid{1, 1, 1, kElementThreads, arena_bytes<T>(kElementThreads / kWarp)}, stream,
-               gmem<const T>(pair_sums), p.pairs(), gmem<T>{p.grad_biases.back(), 1, "grad_biases of the output"});
-        launch("unit_finish_query", finish_query<S>, element_grid(p.pairs() * p.embedding_dim), stream, params,
-               gmem<const T>(params.query_sums), gmem<S>{p.grad_query, p.pairs() * p.embedding_dim, "grad_query"});
-        if (p.numbers.lengths != nullptr || parts.targets != 1) {
-            launch("unit_finish_keys", finish_keys<S>, element_grid(p.batch * p.steps * p.embedding_dim), stream, params,
-                   gmem<const T>(params.keys_sums), parts.targets, params.grad_keys);
-        }
+        unit_sum_gradients(stream, p, params);
     });
 }
 
