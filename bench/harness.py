@@ -59,6 +59,7 @@ class Contestant:
     call: Callable[[], Any]  # what is timed
     read: Callable[[Any], Sequence[Tensor]] = list  # its result as tensors to compare, not timed
     exact: Callable[[], Sequence[Tensor]] | None = None  # what they should be, in float64
+    before: Callable[[], Any] | None = None  # notes what stands there, before the call that is compared; not timed
     work: float = 1.0
     flops: float | None = None
     bytes: float | None = None
@@ -132,6 +133,8 @@ def check(name: str, contestant: Contestant) -> float | None:
     """
     if contestant.exact is None:
         return None
+    if contestant.before is not None:
+        contestant.before()
     results = contestant.read(contestant.call())
     error = largest_error(results, contestant.exact())
     tf32 = results[0].is_cuda and results[0].dtype == torch.float32

@@ -15,7 +15,7 @@ import torch
 
 from dien_ops import info
 
-PACKAGES = ("torch", "numpy", "deepctr-torch", "openvino", "pytest-benchmark")
+PACKAGES = ("torch", "numpy", "deepctr-torch", "openvino", "fbgemm-gpu-cpu", "pytest-benchmark")
 
 
 def cores() -> int:
@@ -27,6 +27,13 @@ def cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def last_level_cache() -> int | None:
+    """Bytes of the largest cache of a core; None where the machine does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return max((int(s[:-1]) * units[s[-1]] for s in sizes if s and s[-1] in units), default=None)
 
 
 def versions() -> dict[str, str]:

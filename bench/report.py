@@ -65,6 +65,11 @@ def share_cell(share: float | None) -> str:
     return "" if share is None else f"{share:.2f}"
 
 
+def flatness_cell(row: Row) -> str:
+    flatness = row.flatness()
+    return "" if flatness is None else three_digits(1 / flatness)
+
+
 def step_cell(row: Row) -> str:
     per_step = row.seconds_per_step()
     return "" if per_step is None else seconds(per_step)
@@ -82,7 +87,7 @@ def table(run: Run, column: str, section: str) -> list[list[str]]:
     not_run = [n for n in run.not_run if (n.column, n.section) == (column, section)]
     ours = list(dict.fromkeys(r.ours for r in rows))
     rivals = list(dict.fromkeys(name for r in rows for name in (*r.rivals, *r.absent)))
-    shares = [f"of {CEILING}", f"of {COPY}", "a step"]
+    shares = [f"of {CEILING}", f"of {COPY}", "slowest / fastest", "a step"]
     header = ["", " / ".join(ours) or "ours", *rivals, *shares, "peak memory", "target", "verdict"]
     lines = []
     for row in rows:
@@ -93,6 +98,7 @@ def table(run: Run, column: str, section: str) -> list[list[str]]:
                 *(rival_cell(row, rival) for rival in rivals),
                 share_cell(row.share_of_ceiling()),
                 share_cell(row.share_of_copy()),
+                flatness_cell(row),
                 step_cell(row),
                 memory_cell(row),
                 "; ".join(map(str, row.targets)),

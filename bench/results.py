@@ -17,6 +17,7 @@ from typing import Any
 NOT_SELECTED = "not selected"  # the reason why a row that the command line left out was not run
 CEILING = "mm"  # the contestant that is a large matrix product: the matrix rate within reach
 COPY = "copy"  # the contestant that is a large copy: the memory rate within reach
+FLAT = "flat"  # what a target is against where the row's contestants are ours at different sizes: fastest over slowest
 PER_SECOND = "per second"  # what a target is against that is about ours alone: calls in a second
 
 
@@ -49,8 +50,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Target:
-    """``at_least`` times as fast as the rival ``against``, that share of the CEILING's or the COPY's rate, or so often
-    PER_SECOND; with ``of_memory``, that many times less of it than the rival."""
+    """``at_least`` times as fast as the rival ``against``, that share of the CEILING's or the COPY's rate, FLAT to that
+    share (the fastest contestant's time over the slowest's), or so often PER_SECOND; with ``of_memory``, that many times less of it than the rival."""
 
     against: str
     at_least: float
@@ -61,6 +62,8 @@ class Target:
             return f"{three_digits(value)}x less memory than {self.against}"
         if self.against in (CEILING, COPY):
             return f"{value:.2f} of {self.against}"
+        if self.against == FLAT:
+            return f"slowest {three_digits(1 / value)}x fastest"
         return (
             f"{three_digits(value)} {PER_SECOND}"
             if self.against == PER_SECOND
@@ -68,6 +71,8 @@ class Target:
         )
 
     def __str__(self) -> str:
+        if self.against == FLAT:
+            return f"slowest ≤ {three_digits(1 / self.at_least)}x fastest"
         return f"≥ {self.in_words(self.at_least)}"
 
 
@@ -118,6 +123,14 @@ class Row:
             return None
         return median((ours.bytes / o) / (copy.bytes / c) for o, c in zip(ours.seconds, copy.seconds, strict=True))
 
+    def flatness(self) -> float | None:
+        """The fastest contestant's time over the slowest's, 1 where all are on a par, each by its ratio to ours; None
+        for a row of which none is asked."""
+        if not any(target.against == FLAT for target in self.targets) or not self.timings:
+            return None
+        times = [1.0, *(self.ratio(rival) for rival in self.rivals)]
+        return min(times) / max(times)
+
     def seconds_per_step(self) -> float | None:
         return median(self.timings[self.ours].seconds) / self.steps if self.steps else None
 
@@ -130,6 +143,8 @@ class Row:
             return self.share_of_ceiling()
         if target.against == COPY:
             return self.share_of_copy()
+        if target.against == FLAT:
+            return self.flatness()
         if target.against == PER_SECOND:
             return 1 / median(self.timings[self.ours].seconds)
         return self.ratio(target.against) if target.against in self.timings else None
