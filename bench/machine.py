@@ -15,6 +15,7 @@ import torch
 
 from dien_ops import info
 
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 PACKAGES = ("torch", "numpy", "deepctr-torch", "openvino", "fbgemm-gpu-cpu", "pytest-benchmark")
 
 
@@ -31,7 +32,7 @@ def cpu_model() -> str:
 
 def last_level_cache() -> int | None:
     """Bytes of the largest cache of a core; None where the machine does not say."""
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    sizes = [path.read_text().strip() for path in CACHES.glob("index*/size")]
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     return max((int(s[:-1]) * units[s[-1]] for s in sizes if s and s[-1] in units), default=None)
 

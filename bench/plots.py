@@ -72,7 +72,7 @@ def curves(section: str, rows: list[Row]) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ticks = sorted({row.sweep.value for row in rows})
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks], rotation=60)
+    axes.set_xticks(ticks, [f"{t:,.12g}" for t in ticks], rotation=60)
     axes.minorticks_off()
     axes.set(xlabel=rows[0].sweep.axis, ylabel="milliseconds", title=section)
     axes.grid(alpha=0.3)

@@ -51,7 +51,8 @@ class Timing:
 @dataclass(frozen=True)
 class Target:
     """``at_least`` times as fast as the rival ``against``, that share of the CEILING's or the COPY's rate, FLAT to that
-    share (the fastest contestant's time over the slowest's), or so often PER_SECOND; with ``of_memory``, that many times less of it than the rival."""
+    share (the fastest contestant's time over the slowest's), or so often PER_SECOND; with ``of_memory``, that many
+    times less of it than the rival."""
 
     against: str
     at_least: float

@@ -24,14 +24,15 @@ from bench.harness import Contestant, Factory, Unavailable
 from dien_ops import MBAEmbedding, functional, optim, reference
 
 # As tables call them
-COMPOSED, UNIQUE, DENSE = "torch.optim sparse, L2 added", "unique and index_add_", "torch.optim dense, L2"
-WITHOUT_L2, FBGEMM = "torch.optim sparse, no L2", "FBGEMM, no L2"
-NO_L2 = "has no L2 on sparse gradients: less work"
-ON_ALL_ROWS = "decays every row of the table, with no n_j"
-DENSE_ELEMENTS = 2e8  # of a table: from there on a dense update takes seconds
+COMPOSED, UNIQUE, DENSE = "torch.optim sparse, L2 added", "unique and index_add_", "torch.optim dense, L2 on all rows"
+WITHOUT_L2, FBGEMM = "torch.optim sparse, no L2 (less work)", "FBGEMM, no L2 (less work)"
+DENSE_ELEMENTS = {
+    "cpu": 2e8,
+    "cuda": 2e9,
+}  # of a table: from there on a dense update takes too long, or too much memory
 
 ZIPF, UNIFORM, ONE_IN_A_THIRD = "Zipf", "uniform", "one in a third"
-SGD, MOMENTUM, ADAGRAD, ROWWISE, ADAM = "SGD", "momentum", "Adagrad", "row-wise Adagrad", "Adam"
+SGD, MOMENTUM, ADAGRAD, ROWWISE, ADAM = "SGD", "momentum", "Adagrad", "rowwise Adagrad", "Adam"
 # Large enough to see in the comparison whether a decay or a gradient is missing.
 LR, L2, MOMENTUM_FACTOR = 0.5, 0.1, 0.9
 SCATTER = 2654435761  # a prime: multiplication by it scatters 0..rows-1, unless rows is a multiple of it
@@ -144,11 +145,14 @@ def data_of(p: Update) -> Data:
     return data
 
 
-def touched_bytes(p: Update) -> float:
-    """About what the rotation's calls touch of the tables and counts before the first mini-batch comes again; of uniform
-    ids."""
-    row = p.dim * p.dtype.itemsize + torch.int64.itemsize
-    return sum(t.rows * -math.expm1(-p.batches * t.ids / t.rows) for t in p.tables) * row
+def touched_bytes(p: Update, line: int = 64) -> float:
+    """What uniform ids touch of tables and counts, in whole cache lines, before the first mini-batch comes again."""
+    total = 0.0
+    for t in p.tables:
+        for row in (p.dim * p.dtype.itemsize, torch.int64.itemsize):
+            lines = t.rows * row / line
+            total += line * lines * -math.expm1(-p.batches * t.ids * max(1, row / line) / lines)
+    return total
 
 
 # --------------------------------------------------------------------------------------------------------------- rules
@@ -175,8 +179,8 @@ NAMES_IN_OPTIMIZERS = {"state_sum": "sum"}
 
 
 def bytes_of(p: Update, data: Data) -> float:
-    """The fewest that an update of given gradients moves: ids and gradient rows are read, of each distinct row the count
-    is read, weight and states are read and written."""
+    """The fewest that an update of given gradients moves: ids and gradient rows are read; of each distinct row, the
+    count is read, and weight and states are read and written."""
     rule = RULES[p.rule]
     compute = max(p.dtype.itemsize, torch.float32.itemsize)
     row_state = sum(torch.int64.itemsize if name == "step" else compute for name in rule.row_states)
@@ -208,7 +212,6 @@ def _contestant(
     l2: float = L2,
     with_counts: bool = True,
     steps: Callable[[], int] | None = None,  # where all rows share one count of steps, after the call
-    note: str = "",
 ) -> Contestant:
     rule = RULES[p.rule]
     seen: list[tuple[Tensor, Tensor, MiniBatch, Updated]] = []  # of each table: rows [S], [N] which, and what was there
@@ -245,7 +248,7 @@ def _contestant(
         return changes(after)
 
     moved = None if p.lookup else bytes_of(p, data)
-    return Contestant(lambda: call(data.turn()), read, exact, before=before, bytes=moved, note=note)
+    return Contestant(lambda: call(data.turn()), read, exact, before=before, bytes=moved)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ours
@@ -266,9 +269,7 @@ def _by_function(p: Update, data: Data) -> Contestant:
 
     def call(batches: list[MiniBatch]) -> None:
         (b,) = batches
-        function(
-            weight, **states, ids=b.ids, grad=b.grad, lr=LR, l2=L2, counts=counts, **rule.options, **rounding
-        )
+        function(weight, **states, ids=b.ids, grad=b.grad, lr=LR, l2=L2, counts=counts, **rule.options, **rounding)
 
     return _contestant(p, data, call, [{"weight": weight, **states}])
 
@@ -359,7 +360,7 @@ def _sparse(p: Update, l2: float) -> Contestant:
     call(data.turn())  # makes the states
     updated = [_states_of(p, optimizer, weight) for weight in gradients.parameters]
     steps = (lambda: int(optimizer.state[gradients.parameters[0]]["step"])) if p.rule == ADAM else None
-    return _contestant(p, data, call, updated, l2, steps=steps, note=NO_L2 if l2 == 0 else "")
+    return _contestant(p, data, call, updated, l2, steps=steps)
 
 
 def composed(p: Update) -> Contestant:
@@ -374,7 +375,7 @@ def without_l2(p: Update) -> Contestant:
 def dense(p: Update) -> Contestant:
     """nn.Embedding with a dense gradient, and torch.optim's own weight decay."""
     elements = sum(t.rows for t in p.tables) * p.dim
-    if elements > DENSE_ELEMENTS:
+    if elements > DENSE_ELEMENTS[p.device]:
         raise Unavailable(f"left out: a gradient of {elements * p.dtype.itemsize / 2**30:.2g} GiB in each call")
     if p.rule != SGD:
         raise Unavailable("the states of absent rows would change too")
@@ -387,33 +388,32 @@ def dense(p: Update) -> Contestant:
         optimizer.step()
 
     updated = [{"weight": weight} for weight in gradients.parameters]
-    return _contestant(p, data, call, updated, with_counts=False, note=ON_ALL_ROWS)
+    return _contestant(p, data, call, updated, with_counts=False)
 
 
 @torch.no_grad()
-def _update_unique(rule: str, weight: Tensor, s: dict[str, Tensor], b: MiniBatch, counts: Tensor) -> None:
-    """Each rule written down for the rows that the mini-batch names."""
+def _update_unique(rule: str, weight: Tensor, s: Updated, b: MiniBatch, counts: Tensor) -> None:
+    """Each rule written down for the rows that the mini-batch names, in float32 for 16-bit weights."""
     rows, inverse = b.ids.unique(return_inverse=True)
-    g = b.grad.new_zeros(len(rows), b.grad.size(1)).index_add_(0, inverse, b.grad)
-    g.addcmul_(weight.index_select(0, rows), (L2 / counts[rows]).unsqueeze(1).to(g.dtype))
+    compute = torch.promote_types(weight.dtype, torch.float32)
+    w = weight.index_select(0, rows).to(compute)
+    g = w.new_zeros(w.shape).index_add_(0, inverse, b.grad.to(compute))
+    g.addcmul_(w, (L2 / counts[rows]).unsqueeze(1).to(compute))
+    now = {name: x.index_select(0, rows) for name, x in s.items()}
     if rule == MOMENTUM:
-        g.add_(s["momentum_buffer"].index_select(0, rows), alpha=MOMENTUM_FACTOR)
-        s["momentum_buffer"].index_copy_(0, rows, g)
-    elif rule in (ADAGRAD, ROWWISE):
-        squares = g.square() if rule == ADAGRAD else g.square().mean(1)
-        sums = s["state_sum"].index_select(0, rows).add_(squares)
-        s["state_sum"].index_copy_(0, rows, sums)
-        roots = sums.sqrt_().add_(1e-10)
-        g.div_(roots if rule == ADAGRAD else roots.unsqueeze(1))
+        g = now["momentum_buffer"].mul_(MOMENTUM_FACTOR).add_(g)
+    elif rule == ADAGRAD:
+        g.div_(now["state_sum"].addcmul_(g, g).sqrt().add_(1e-10))
+    elif rule == ROWWISE:
+        g.div_(now["state_sum"].add_(g.square().mean(1)).sqrt().add_(1e-10).unsqueeze(1))
     elif rule == ADAM:
-        t = s["step"].index_select(0, rows).add_(1)
-        m = s["exp_avg"].index_select(0, rows).lerp_(g, 1 - 0.9)
-        v = s["exp_avg_sq"].index_select(0, rows).mul_(0.999).addcmul_(g, g, value=1 - 0.999)
-        for name, x in (("step", t), ("exp_avg", m), ("exp_avg_sq", v)):
-            s[name].index_copy_(0, rows, x)
-        t = t.to(g.dtype).unsqueeze(1)
-        g = m.div_(1 - 0.9**t).div_(v.div_(1 - 0.999**t).sqrt_().add_(1e-8))
-    weight.index_add_(0, rows, g, alpha=-LR)
+        t = now["step"].add_(1).to(compute).unsqueeze(1)
+        m = now["exp_avg"].lerp_(g, 1 - 0.9)
+        v = now["exp_avg_sq"].mul_(0.999).addcmul_(g, g, value=1 - 0.999)
+        g = m / (1 - 0.9**t) / (v / (1 - 0.999**t)).sqrt_().add_(1e-8)
+    for name, x in now.items():
+        s[name].index_copy_(0, rows, x)
+    weight.index_copy_(0, rows, w.sub_(g, alpha=LR).to(weight.dtype))
 
 
 def unique(p: Update) -> Contestant:
@@ -478,4 +478,4 @@ def fbgemm(p: Update) -> Contestant:
         rows = looked_up.get(id(b))
         (module(b.ids, offsets) if rows is None else rows).backward(b.grad, retain_graph=rows is not None)
 
-    return _contestant(p, data, call, [updated], 0.0, note=NO_L2)
+    return _contestant(p, data, call, [updated], l2=0.0)

@@ -5,6 +5,7 @@ is timed."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -12,14 +13,15 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import composed, harness, report, results, rivals, rivals_attention, rivals_dice
-from bench.results import CEILING, COPY, PER_SECOND, NotRun, Row, Run, Sweep, Target, Timing
+from bench import composed, harness, machine, report, results, rivals, rivals_attention, rivals_dice, rivals_embedding
+from bench.results import CEILING, COPY, FLAT, PER_SECOND, NotRun, Row, Run, Sweep, Target, Timing
 
 ROOT = Path(report.__file__).parents[1]
 MARKERS = "<!-- bench:gru -->", "<!-- /bench:gru -->"
@@ -28,6 +30,23 @@ MARKERS = "<!-- bench:gru -->", "<!-- /bench:gru -->"
 def row(ours=(1.0, 1.0, 1.0), theirs=(3.0, 3.0, 3.0), targets=(), **more) -> Row:
     timings = {"dien_ops": Timing(list(ours)), "nn.GRU": Timing(list(theirs))}
     return Row("gru", "GRU, forward", "B2 T3", "dien_ops", timings, targets=list(targets), **more)
+
+
+EVERY_RULE = set(rivals_embedding.RULES)
+RULES_OF_TORCH = {rivals_embedding.SGD, rivals_embedding.ADAGRAD, rivals_embedding.ADAM}
+RULES_OF = {
+    rivals_embedding.ours: EVERY_RULE,
+    rivals_embedding.composed: RULES_OF_TORCH,
+    rivals_embedding.unique: EVERY_RULE,
+    rivals_embedding.without_l2: RULES_OF_TORCH,
+    rivals_embedding.dense: {rivals_embedding.SGD},
+    rivals_embedding.fbgemm: {rivals_embedding.SGD, rivals_embedding.ROWWISE},
+}
+
+
+def small_update(kind=rivals_embedding.ZIPF, **more) -> rivals_embedding.Update:
+    table = rivals_embedding.Table(300, 200, kind)
+    return rivals_embedding.Update((table,), **{"dim": 8, "batches": 2, **more})
 
 
 MACHINE = {
@@ -136,6 +155,21 @@ def test_a_target_may_be_a_share_of_the_copy(at_least, verdict):
     assert one.verdict() == "not reached: copy not measured: it took no part"
     one.timings["dien_ops"], one.timings[COPY] = Timing([2.0], bytes=30.0), Timing([1.0], bytes=20.0)
     assert (str(one.targets[0]), one.verdict()) == (f"≥ {at_least:.2f} of copy", verdict)
+
+
+@pytest.mark.parametrize(
+    "allowed, verdict", [(1.25, "reached"), (1.2, "not reached: slowest 1.25x fastest")], ids=["met", "missed"]
+)
+def test_a_target_may_be_how_much_the_contestants_differ(allowed, verdict):
+    # the machine was ten times slower in the second round: the ratios do not see it
+    one = row(ours=(1.0, 10.0, 1.0), theirs=(0.8, 8.0, 0.8), targets=[Target(FLAT, 1 / allowed)])
+    one.timings["between"] = Timing([0.9, 9.0, 0.9])
+    one.timings[COPY] = Timing([0.01, 0.1, 0.01], bytes=1.0)  # no contestant
+    assert (str(one.targets[0]), one.verdict()) == (f"slowest ≤ {allowed}x fastest", verdict)
+    assert report.flatness_cell(one) == "1.25"
+    one.timings["between"] = Timing([1.6, 16.0, 1.6])
+    assert report.flatness_cell(one) == "2"
+    assert report.flatness_cell(row()) == ""
 
 
 @pytest.mark.parametrize("peak, verdict", [(25, "reached"), (50, "not reached: 2x less memory than nn.GRU")])
@@ -418,6 +452,120 @@ def test_bytes_of_dice_are_those_of_its_passes():
     assert padded.bytes == (2 * valid + 60) * 8 * 4 and replace(padded, train=True).bytes == (6 * valid + 120) * 8 * 4
 
 
+@pytest.mark.parametrize("lookup", [False, True], ids=["update", "step"])
+@pytest.mark.parametrize("rule", rivals_embedding.RULES)
+@pytest.mark.parametrize("factory", RULES_OF, ids=lambda f: f.__name__)
+def test_contestants_of_the_embedding_column_do_the_same_work(factory, rule, lookup):
+    problem = small_update(rule=rule, lookup=lookup)
+    if rule not in RULES_OF[factory]:
+        with pytest.raises(harness.Unavailable):
+            factory(problem)
+        return
+    try:
+        contestant = factory(problem)
+    except harness.Unavailable as reason:
+        assert factory is rivals_embedding.fbgemm
+        pytest.skip(str(reason))
+    for _ in range(3):  # whatever stood there before
+        # Adam's second moments change by a thousandth of them: the last digits of the change are lost.
+        assert harness.check("contestant", contestant) < (5e-5 if rule == rivals_embedding.ADAM else 1e-5)
+
+
+@pytest.mark.parametrize("factory", [f for f in RULES_OF if f is not rivals_embedding.fbgemm], ids=lambda f: f.__name__)
+def test_several_tables_are_updated_in_one_step(factory):
+    tables = rivals_embedding.Table(300, 40), rivals_embedding.Table(20, 50), rivals_embedding.Table(50, 7)
+    contestant = factory(rivals_embedding.Update(tables, dim=5, lookup=True, batches=2))
+    assert harness.check("contestant", contestant) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "factory", [rivals_embedding.composed, rivals_embedding.unique, rivals_embedding.dense], ids=lambda f: f.__name__
+)
+def test_embedding_rivals_take_bfloat16(factory):
+    assert harness.check("contestant", factory(small_update(dtype=torch.bfloat16))) > 0
+
+
+@pytest.mark.parametrize("kind", [rivals_embedding.ZIPF, rivals_embedding.ONE_IN_A_THIRD])
+def test_an_update_that_leaves_out_the_decay_or_does_nothing_is_wrong(kind):
+    problem = small_update(kind)
+    right, wrong = rivals_embedding.composed(problem), rivals_embedding.without_l2(problem)
+    for call in (wrong.call, lambda: None):
+        with pytest.raises(harness.WrongResult):
+            harness.check("wrong", replace(right, call=call))
+    assert harness.check("right", right) < 1e-5
+
+
+def test_what_an_update_starts_from_is_noted_before_the_call_that_is_compared():
+    happened = []
+    one = contestant()(None)
+    one = replace(one, before=lambda: happened.append("before"), call=lambda: happened.append("call") or one.exact())
+    harness.check("one", one)
+    assert happened == ["before", "call"]
+
+
+def test_contestants_share_tables_and_no_mini_batch_comes_again_before_all_others_had_their_turn(monkeypatch):
+    problem = small_update(batches=5)
+    data = rivals_embedding.data_of(problem)
+    assert rivals_embedding.data_of(replace(problem, rule=rivals_embedding.ADAM, lookup=True)) is data
+    used = []
+
+    def use(rule, weight, states, batch, counts):
+        used.append(batch)
+
+    monkeypatch.setattr(rivals_embedding, "_update_unique", use)
+    contestants = [rivals_embedding.unique(problem) for _ in range(2)]
+    for one in contestants * 5:
+        one.call()
+    assert [id(b) for b in used] == 2 * [id(b) for (b,) in data.batches]
+    assert len({id(b) for b in used}) == 5
+    gone = weakref.ref(data)
+    used.clear()
+    del data, contestants, one
+    gc.collect()
+    assert gone() is None
+
+
+def test_ids_are_drawn_by_zipfs_law():
+    table = rivals_embedding.Table(1000, 400_000)
+    ids = rivals_embedding.draw(table, torch.Generator().manual_seed(0))
+    shares = ids.bincount(minlength=1000).sort(descending=True).values / table.ids
+    ranks = torch.arange(1, 1001)
+    expected = 1 / ranks / (1 / ranks).sum()
+    assert shares[:50].tolist() == pytest.approx(expected[:50].tolist(), rel=0.1)
+    assert shares[100:].sum().item() == pytest.approx(expected[100:].sum().item(), rel=0.02)
+    third = rivals_embedding.draw(
+        replace(table, kind=rivals_embedding.ONE_IN_A_THIRD), torch.Generator().manual_seed(0)
+    )
+    assert third.bincount().max().item() / table.ids == pytest.approx(1 / 3, rel=0.02)
+
+
+def test_bytes_of_an_update_are_those_of_its_gradient_and_of_each_row_once():
+    problem = rivals_embedding.Update((rivals_embedding.Table(4, 1000, rivals_embedding.UNIFORM),), dim=6, batches=1)
+    count = step = 8
+
+    def moved(**more):
+        changed = replace(problem, **more)
+        return rivals_embedding.bytes_of(changed, rivals_embedding.data_of(changed))
+
+    given = 1000 * (8 + 6 * 4) + 4 * count  # all four rows occur
+    row = 4 * 6 * 4
+    assert moved() == given + 2 * row
+    assert moved(rule=rivals_embedding.MOMENTUM) == given + 2 * 2 * row
+    assert moved(rule=rivals_embedding.ROWWISE) == given + 2 * (row + 4 * 4)
+    assert moved(rule=rivals_embedding.ADAM) == given + 2 * (3 * row + 4 * step)
+    # float32 states beside 16-bit weights
+    assert moved(rule=rivals_embedding.ADAGRAD, dtype=torch.bfloat16) == 1000 * (8 + 12) + 4 * count + 2 * 1.5 * row
+
+
+def test_what_uniform_ids_touch_is_at_most_the_table_and_a_line_for_each_id():
+    def touched(rows, ids):
+        problem = rivals_embedding.Update((rivals_embedding.Table(rows, ids),), dim=16, batches=1)
+        return rivals_embedding.touched_bytes(problem)
+
+    assert touched(1000, 10**6) == pytest.approx(1000 * (64 + 8))
+    assert touched(10**9, 1000) == pytest.approx(1000 * (64 + 64), rel=1e-4)
+
+
 @pytest.mark.parametrize("factory", [rivals.ours, rivals.ours_on_copies, rivals.python_loop])
 def test_copies_of_a_history_give_what_its_targets_give(factory):
     assert harness.check("contestant", factory(rivals.Recurrence(2, 3, 5, 6, attention=True, targets=4))) < 1e-5
@@ -461,6 +609,16 @@ def test_peak_memory_that_cannot_be_measured_is_unavailable(monkeypatch, factory
         monkeypatch.setattr(harness, "MEMORY_SECONDS", 0.1)
     with pytest.raises(harness.Unavailable, match=said):
         harness.peak_bytes(factory, small, small)
+
+
+def test_the_last_level_cache_is_said_in_bytes(monkeypatch, tmp_path):
+    for i, size in enumerate(("32K", "2M", "")):
+        (tmp_path / f"index{i}").mkdir()
+        (tmp_path / f"index{i}" / "size").write_text(size + "\n")
+    monkeypatch.setattr(machine, "CACHES", tmp_path)
+    assert machine.last_level_cache() == 2 * 2**20
+    monkeypatch.setattr(machine, "CACHES", tmp_path / "none")
+    assert machine.last_level_cache() is None
 
 
 # -------------------------------------------------------------------------------------------------------------- report
