@@ -2,7 +2,7 @@
 """Who can do the embedding column's work: ours and its rivals.
 
 All update the same tables in place, so that a large one is there once, and take their mini-batches from the same
-rotation: no call meets a mini-batch that the caches still hold, whoever was the last to use it. What is compared with
+rotation, so that no call repeats another's, whoever made that. What is compared with
 float64 is the change of the rows and states that one mini-batch names, whatever stood there before.
 """
 

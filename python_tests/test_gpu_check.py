@@ -4,6 +4,7 @@ A runner that was written down plays the processes, except where a test says oth
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from bench import (
     bench_activation_unit_cuda,
     bench_attention_cuda,
     bench_dice_cuda,
+    bench_embedding_cuda,
     bench_gru_cuda,
     compiling,
     conftest,
@@ -396,6 +398,31 @@ def test_every_row_of_dice_is_on_the_gpu_and_its_targets_are_shares_of_the_copy(
         assert problem.device == "cuda" and list(ours) == ["dien_ops"]
         assert {t.against for t in targets} <= {results.COPY}
         assert "F.batch_norm" in others and ("torch.compile" in others) <= problem.train
+
+
+def cases(test):
+    """The arguments of each of a test's rows."""
+    every = []
+    for mark in test.pytestmark if hasattr(test, "pytestmark") else ():
+        names = [name.strip() for name in mark.args[0].split(",")]
+        values = [getattr(value, "values", (value,)) for value in mark.args[1]]
+        every.append([dict(zip(names, some, strict=True)) for some in values])
+    return [{k: v for some in chosen for k, v in some.items()} for chosen in itertools.product(*every)]
+
+
+def test_every_row_of_the_embedding_column_is_on_the_gpu_and_its_targets_are_against_somebody_who_takes_part():
+    bench = Asked()
+    tests = [f for name, f in vars(bench_embedding_cuda).items() if name.startswith("test_")]
+    for test in tests:
+        assert test.__doc__
+        for arguments in cases(test):
+            test(bench, **arguments)
+    assert len(tests) == 10 and len(bench.calls) == 43
+    for problem, ours, others, targets, more in bench.calls:
+        assert problem.device == "cuda" and problem.batches == 1 and len(ours) == 1
+        assert {t.against for t in targets} <= {*others, results.COPY, results.FLAT}
+        assert targets or more["sweep"]
+        assert not (problem.lookup and "dien_ops, graph" in others)
 
 
 def test_compilations_stop_when_one_more_might_not_fit(monkeypatch):
