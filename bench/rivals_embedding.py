@@ -2,8 +2,8 @@
 """Who can do the embedding column's work: ours and its rivals.
 
 All update the same tables in place, so that a large one is there once, and take their mini-batches from the same
-rotation, so that no call repeats another's, whoever made that. What is compared with
-float64 is the change of the rows and states that one mini-batch names, whatever stood there before.
+rotation, so that no call repeats another's, whoever made that. What is compared with float64 is the change of the rows
+and states that one mini-batch names, whatever stood there before.
 """
 
 from __future__ import annotations
@@ -254,6 +254,11 @@ def _contestant(
 # ---------------------------------------------------------------------------------------------------------------- ours
 
 
+def backward(rows: list[Tensor], batches: list[MiniBatch]) -> None:
+    """Of what was looked up, which nobody keeps."""
+    torch.autograd.backward(rows, [b.grad for b in batches])
+
+
 def ours(p: Update) -> Contestant:
     """The function; with lookup, or several tables, the optimizer."""
     data = data_of(p)
@@ -283,10 +288,9 @@ def _by_optimizer(p: Update, data: Data) -> Contestant:
     optimizer = rule.optimizer([t.weight for t in tables], lr=LR, l2=L2, **rule.options)
 
     def call(batches: list[MiniBatch]) -> None:
-        optimizer.zero_grad()
-        rows = [table(b.ids) for table, b in zip(tables, batches, strict=True)]
-        torch.autograd.backward(rows, [b.grad for b in batches])
+        backward([table(b.ids) for table, b in zip(tables, batches, strict=True)], batches)
         optimizer.step()
+        optimizer.zero_grad()
 
     call(data.turn())  # makes the states
     return _contestant(p, data, call, [_states_of(p, optimizer, t.weight) for t in tables])
@@ -327,16 +331,13 @@ class Gradients:
 
     def set(self, batches: list[MiniBatch]) -> None:
         if self.lookup:
-            for parameter in self.parameters:
-                parameter.grad = None
-            rows = [F.embedding(b.ids, w, sparse=self.sparse) for w, b in zip(self.parameters, batches, strict=True)]
-            torch.autograd.backward(rows, [b.grad for b in batches])
+            weights = zip(self.parameters, batches, strict=True)
+            backward([F.embedding(b.ids, w, sparse=self.sparse) for w, b in weights], batches)
             return
         for weight, b in zip(self.parameters, batches, strict=True):
             if self.sparse:
                 weight.grad = torch.sparse_coo_tensor(b.ids.unsqueeze(0), b.grad, weight.shape, check_invariants=False)
             else:
-                weight.grad = None  # before the next one is made
                 weight.grad = torch.ops.aten.embedding_dense_backward(b.grad, b.ids, len(weight), -1, False)
 
 
@@ -356,6 +357,7 @@ def _sparse(p: Update, l2: float) -> Contestant:
                     rows, values = weight.grad.indices()[0], weight.grad.values()
                     values.addcmul_(weight[rows], (l2 / counts[rows]).unsqueeze(1).to(values.dtype))
         optimizer.step()
+        optimizer.zero_grad()
 
     call(data.turn())  # makes the states
     updated = [_states_of(p, optimizer, weight) for weight in gradients.parameters]
@@ -386,6 +388,7 @@ def dense(p: Update) -> Contestant:
     def call(batches: list[MiniBatch]) -> None:
         gradients.set(batches)
         optimizer.step()
+        optimizer.zero_grad()
 
     updated = [{"weight": weight} for weight in gradients.parameters]
     return _contestant(p, data, call, updated, with_counts=False)
@@ -427,6 +430,8 @@ def unique(p: Update) -> Contestant:
             gradients.set(batches)
             grads = [w.grad for w in gradients.parameters]
             batches = [MiniBatch(g._indices()[0], g._values()) for g in grads]
+            for w in gradients.parameters:
+                w.grad = None
         for weight, s, b, counts in zip(data.weights, states, batches, data.counts, strict=True):
             _update_unique(p.rule, weight, s, b, counts)
 
