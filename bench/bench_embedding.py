@@ -76,7 +76,7 @@ def test_step(bench, p):
 
 
 @pytest.mark.parametrize(
-    "rule", [MOMENTUM, pytest.param(ADAGRAD, marks=LONG), pytest.param(ROWWISE, marks=LONG), ADAM], ids=str
+    "rule", [*(pytest.param(rule, marks=LONG) for rule in (MOMENTUM, ADAGRAD, ROWWISE)), ADAM], ids=str
 )
 def test_rules(bench, rule):
     """Update by the other rules, each with L2, gradient rows given, Zipf ids."""
@@ -101,7 +101,8 @@ def test_small_mini_batch(bench, p, lookup):
 # --------------------------------------------------------------------------------------------------- against ourselves
 
 
-@pytest.mark.parametrize("name", ["Zipf ids", pytest.param("one id in a third", marks=LONG)])
+@LONG
+@pytest.mark.parametrize("name", ["Zipf ids", "one id in a third"])
 def test_skewed_ids(bench, name):
     """Update by SGD with L2: skewed ids against uniform ones."""
     uniform = "dien_ops, uniform ids"
@@ -113,6 +114,7 @@ def test_skewed_ids(bench, name):
     )
 
 
+@LONG
 @pytest.mark.parametrize("p", [pytest.param(Update((ITEMS,)), id=f"{Update((ITEMS,)).name} Zipf ids")])
 def test_bfloat16(bench, p):
     """Update of a bfloat16 table by SGD with L2, rounded to nearest and stochastically."""
@@ -162,18 +164,19 @@ def test_growth_zipf(bench, p, swept):
 
 
 @LONG
-def test_flatness(bench):
-    """Update in bfloat16 of tables that no cache holds, all in the same rounds, 51,200 uniform ids (D16)."""
+@pytest.mark.parametrize("kind", [pytest.param(UNIFORM, id="uniform ids")])
+def test_flatness(bench, kind):
+    """Update in bfloat16 of tables that no cache holds, all in the same rounds, 51,200 ids (D16)."""
     # Not of Zipf ids: a mini-batch names more rows of them, the larger the table.
     cache = machine.last_level_cache()
     if cache is None:
         raise Unavailable("this machine does not say how large its caches are")
-    sizes = [rows for rows in FLAT_ROWS if rivals.touched_bytes(grown(rows, UNIFORM)) >= CACHES * cache]
+    sizes = [rows for rows in FLAT_ROWS if rivals.touched_bytes(grown(rows, kind)) >= CACHES * cache]
     if len(sizes) < 2:
         raise Unavailable(f"no two tables are large beside a cache of {cache / 2**20:.0f} MiB")
     *smaller, largest = sizes
     bench.measure(
-        grown(largest, UNIFORM),
+        grown(largest, kind),
         {f"dien_ops, {largest:,} rows": rivals.ours},
         {f"dien_ops, {rows:,} rows": rivals.with_rows(rivals.ours, rows) for rows in smaller},
         [Target(FLAT, 1 / 1.2)],

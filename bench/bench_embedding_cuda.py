@@ -154,11 +154,12 @@ def test_growth_zipf(bench, table_rows):
     measure(bench, grown(table_rows, ZIPF), GRAPH | others, sweep=Sweep("rows, Zipf ids", table_rows))
 
 
-def test_flatness(bench):
-    """Update in bfloat16 of tables of any size, all in the same rounds, 51,200 uniform ids (D16)."""
+@pytest.mark.parametrize("kind", [pytest.param(UNIFORM, id="uniform ids")])
+def test_flatness(bench, kind):
+    """Update in bfloat16 of tables of any size, all in the same rounds, 51,200 ids (D16)."""
     *smaller, largest = ROWS[1:]  # a mini-batch names fewer rows of the smallest
     bench.measure(
-        grown(largest, UNIFORM),
+        grown(largest, kind),
         {f"dien_ops, {largest:,} rows": from_a_graph(rivals.ours)},
         {f"dien_ops, {rows:,} rows": from_a_graph(rivals.with_rows(rivals.ours, rows)) for rows in smaller},
         [Target(FLAT, 1 / 1.2)],
