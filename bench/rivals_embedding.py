@@ -102,7 +102,8 @@ class Data:
         generator = torch.Generator().manual_seed(1)
         on_device = torch.Generator(p.device).manual_seed(1)
         self.tables, self.device = p.tables, p.device
-        piece = torch.randn(PIECE, p.dim, generator=on_device, device=p.device).to(p.dtype)
+        # Small, so that the rounding of 16-bit weights is small beside their change.
+        piece = (torch.randn(PIECE, p.dim, generator=on_device, device=p.device) / 4).to(p.dtype)
         self.weights: list[Tensor] = []  # [rows, D], all pages touched
         self.counts: list[Tensor] = []  # [rows]
         for table in p.tables:
@@ -175,6 +176,7 @@ RULES = {
     ROWWISE: Rule("mba_rowwise_adagrad_", optim.MBARowwiseAdagrad, None, row_states=("state_sum",)),
     ADAM: Rule("mba_adam_", optim.MBAAdam, torch.optim.SparseAdam, ("exp_avg", "exp_avg_sq"), ("step",)),
 }
+START = {"momentum_buffer": 1, "state_sum": 1, "exp_avg": 1, "exp_avg_sq": 1, "step": 1000}
 NAMES_IN_OPTIMIZERS = {"state_sum": "sum"}
 
 
@@ -191,12 +193,12 @@ def bytes_of(p: Update, data: Data) -> float:
 
 
 def new_states(p: Update, weight: Tensor) -> dict[str, Tensor]:
-    """All ones: from zeros, the first Adagrad and Adam updates have the gradient's sign alone."""
+    """As after some steps: from zeros, the first Adagrad and Adam updates have the gradient's sign alone."""
     rule, dtype = RULES[p.rule], torch.promote_types(p.dtype, torch.float32)
-    states = {name: torch.ones_like(weight, dtype=dtype) for name in rule.states}
+    states = {name: torch.full_like(weight, START[name], dtype=dtype) for name in rule.states}
     for name in rule.row_states:
         dtype_of_row = torch.int64 if name == "step" else dtype
-        states[name] = torch.ones(len(weight), dtype=dtype_of_row, device=weight.device)
+        states[name] = torch.full([len(weight)], START[name], dtype=dtype_of_row, device=weight.device)
     return states
 
 
@@ -302,7 +304,7 @@ def _states_of(p: Update, optimizer: torch.optim.Optimizer, weight: Tensor) -> U
     for name in (*rule.states, *rule.row_states):
         state = optimizer.state[weight][NAMES_IN_OPTIMIZERS.get(name, name)]
         if isinstance(state, Tensor) and state.dim() > 0:
-            updated[name] = state.fill_(1)
+            updated[name] = state.fill_(START[name])
     return updated
 
 
@@ -474,7 +476,7 @@ def fbgemm(p: Update) -> Contestant:
     )
     updated = {"weight": module.split_embedding_weights()[0].copy_(data.weights[0])}
     if p.rule == ROWWISE:
-        updated["state_sum"] = module.split_optimizer_states()[0][0].fill_(1)
+        updated["state_sum"] = module.split_optimizer_states()[0][0].fill_(START["state_sum"])
     offsets = torch.arange(p.tables[0].ids + 1, device=p.device)
     looked_up = {} if p.lookup else {id(b): module(b.ids, offsets) for (b,) in data.batches}
 
