@@ -84,6 +84,8 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
     m.def(
         "mba_check(Tensor[] weights, Tensor[] ids, Tensor[] grads, Tensor[] counts, int[] padding_idx, str nonfinite, "
         "bool check_ids) -> ()");
+    // Asks the system for large pages where the CPU memory of a table has none yet
+    m.def("advise_huge_pages(Tensor(a!) table) -> ()");
 
     // aux_loss: over pairs of a state and the next step's items. reduction: paper | mean | authors. logits [B, 2, max(T - 1,
     // 0)] of the clicked and the sampled items; inner: they are the inner products, kept for the backward

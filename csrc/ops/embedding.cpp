@@ -174,6 +174,11 @@ void mba_check(const Tensors& weights, const Tensors& ids, const Tensors& grads,
     with_storage_type(a.dtype, "weight", [&](auto stored) { skipped_tables<decltype(stored)>(tables, a.nonfinite); });
 }
 
+void advise_table(const Tensor& table) {
+    check(table.is_contiguous(), "table must be contiguous");
+    advise_huge_pages(table.mutable_data_ptr(), table.numel() * table.element_size());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dien_ops, CPU, m) {
@@ -182,6 +187,7 @@ STABLE_TORCH_LIBRARY_IMPL(dien_ops, CPU, m) {
     m.impl("mba_rowwise_adagrad_", TORCH_BOX(&mba_rowwise_adagrad_));
     m.impl("mba_adam_", TORCH_BOX(&mba_adam_));
     m.impl("mba_check", TORCH_BOX(&mba_check));
+    m.impl("advise_huge_pages", TORCH_BOX(&advise_table));
 }
 
 }  // namespace dien_ops::ops
