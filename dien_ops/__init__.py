@@ -10,7 +10,7 @@ from dien_ops.activation_unit import LocalActivationUnit  # noqa: E402
 from dien_ops.attention import BilinearAttention  # noqa: E402
 from dien_ops.aux_loss import AuxiliaryLoss  # noqa: E402
 from dien_ops.dice import Dice  # noqa: E402
-from dien_ops.embedding import MBAEmbedding  # noqa: E402
+from dien_ops.embedding_table import MBAEmbedding  # noqa: E402
 from dien_ops.gru_modules import AGRU, AIGRU, AUGRU, GRU  # noqa: E402
 
 __version__: str = _C.version

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,7 @@ from torch.autograd import forward_ad
 
 from dien_ops import _library
 
-FULL_PRECISION = (torch.float32, torch.float64)
-ANY_PRECISION = (*FULL_PRECISION, torch.bfloat16, torch.float16)
+ANY_PRECISION = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def tensor(name: str, value: object) -> None:
@@ -24,24 +24,18 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
 
 
-def supported(
-    name: str, value: Tensor, dtypes: Sequence[torch.dtype] = ANY_PRECISION, *, cuda_kernels: bool = True
-) -> None:
-    """The first tensor of a call: its device and dtype are what all others must share. cuda_kernels: whether the
-    operator has any."""
+def supported(name: str, value: Tensor) -> None:
+    """The first tensor of a call: its device and dtype are what all others must share."""
     tensor(name, value)
     if value.device.type == "cuda":
-        problem: str | None = "this operator has no CUDA kernels yet"
-        if cuda_kernels:
-            problem = _library.cuda_problem() or _library.gpu_problem(value.device)
-        if problem:
+        if problem := _library.cuda_problem() or _library.gpu_problem(value.device):
             raise RuntimeError(
                 f"{name} is on {value.device}, and {problem}. Or move the tensors and the module to the CPU with .cpu()"
             )
     elif value.device.type not in ("cpu", "meta"):
-        raise RuntimeError(f"{name} must be on the CPU{' or a CUDA device' * cuda_kernels}, got {value.device}")
-    if value.dtype not in dtypes:
-        *others, last, got = (str(dtype).removeprefix("torch.") for dtype in (*dtypes, value.dtype))
+        raise RuntimeError(f"{name} must be on the CPU or a CUDA device, got {value.device}")
+    if value.dtype not in ANY_PRECISION:
+        *others, last, got = (str(dtype).removeprefix("torch.") for dtype in (*ANY_PRECISION, value.dtype))
         raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {got}")
     _not_dual(name, value)
 
@@ -58,18 +52,23 @@ def _not_dual(name: str, value: Tensor) -> None:
         )
 
 
-def matches(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
-    """Each of the others that is given has the reference's dtype and device."""
+def _of_dtypes(
+    reference_name: str, reference: Tensor, dtypes: Sequence[torch.dtype], others: dict[str, Any], what: str = "dtype"
+) -> None:
     for name, value in others.items():
         if value is None:
             continue
         tensor(name, value)
-        if value.dtype != reference.dtype:
-            raise ValueError(
-                f"{name} must have the dtype of {reference_name}: expected {reference.dtype}, got {value.dtype}"
-            )
+        if value.dtype not in dtypes:
+            expected = " or ".join(dict.fromkeys(map(str, dtypes)))
+            raise ValueError(f"{name} must have the {what} of {reference_name}: expected {expected}, got {value.dtype}")
         same_device(reference_name, reference, name, value)
         _not_dual(name, value)
+
+
+def matches(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    """Each of the others that is given has the reference's dtype and device."""
+    _of_dtypes(reference_name, reference, [reference.dtype], others)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -80,16 +79,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def parameters(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
     """Each of the others that is given has the reference's device, and its dtype or that in which it is computed:
     float32 parameters go with 16-bit input, as under autocast."""
-    dtype, wide = reference.dtype, compute_dtype(reference.dtype)
-    for name, value in others.items():
-        if value is None:
-            continue
-        tensor(name, value)
-        if value.dtype not in (dtype, wide):
-            expected = f"{dtype} or {wide}" if wide != dtype else str(dtype)
-            raise ValueError(f"{name} must have the dtype of {reference_name}: expected {expected}, got {value.dtype}")
-        same_device(reference_name, reference, name, value)
-        _not_dual(name, value)
+    _of_dtypes(reference_name, reference, [reference.dtype, compute_dtype(reference.dtype)], others)
+
+
+def states(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    """Each of the others that is given has the reference's device, and the dtype in which it is computed."""
+    _of_dtypes(reference_name, reference, [compute_dtype(reference.dtype)], others, "computing dtype")
 
 
 def same_device(reference_name: str, reference: Tensor, name: str, value: Tensor) -> None:

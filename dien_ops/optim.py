@@ -5,196 +5,70 @@
 They take sparse gradients only, those of :class:`dien_ops.MBAEmbedding` or any
 ``torch.nn.Embedding(sparse=True)``; dense parameters go to an optimizer of :mod:`torch.optim` beside it. Each
 row of a mini-batch is updated once, rows that are not in it keep their bits, and a step's cost grows with the
-mini-batch, never with the table.
+mini-batch, never with the table. All tables of a group are updated in one call of an operator.
+
+``torch.amp.GradScaler`` is understood as torch's fused optimizers understand it: the kernels divide by the scale, and
+where a gradient is not finite nothing changes; nobody waits for the device (but with ``decay="lazy"``, whose decay is
+known to the host).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, overload
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from dien_ops import _checks, functional
-from dien_ops.embedding import MBAEmbedding, check_betas, check_counts, owners
+from dien_ops import _checks, embedding
+from dien_ops._optimizer import Call, MBAOptimizer, Table, naming, padding_of
+from dien_ops.embedding_table import owners
+
+_ROWS_AT_ONCE = 2**18  # of catch_up_
 
 _SHARED_ARGUMENTS = """
 
     Args:
-        params: embedding weights, or groups of them with their own options, as in :mod:`torch.optim`.
+        params: embedding weights, or groups of them with their own options, as in :mod:`torch.optim`. 16-bit weights
+            have float32 state.
         lr: learning rate.
         l2: the strength of the decay; it is divided by n_j. 0 turns it off.
         counts: n_j, [num_embeddings]: in how many instances of the training set each id occurs. Usually given
             per group. Where it is None: those of the MBAEmbedding that owns the weight; where there are none,
-            n_j = 1. An option as any other: it is saved in the state_dict and comes back from it."""
+            n_j = 1. An option as any other: it is saved in the state_dict and comes back from it.
+        decay: "mini_batch_aware", "decoupled" or "difacto": see :func:`dien_ops.functional.mba_sgd_`.
+        nonfinite: what becomes of NaN and infinity in a gradient: "propagate", "skip" (that table's update is left out)
+            or "error". A GradScaler's skipping comes first.
+        check_ids: False leaves out ids that are not in the table, instead of an error.
+        seed: an int rounds 16-bit weights stochastically, with other noise for each parameter and update (the number of
+            the latter is part of the state); None rounds them to the nearest."""
 
 _RAISES = """
 
     Raises:
-        TypeError, ValueError: an option is no number; it is out of its range; a parameter cannot be an embedding
+        TypeError, ValueError: an option has the wrong type; it is out of its range; a parameter cannot be an embedding
             table; a state_dict to load is that of an optimizer with other options.
-        RuntimeError: in ``step``: a gradient is dense, the count of an id of the mini-batch is not positive, or
-            a loaded state is incomplete. All parameters are checked before the first is updated and before any
-            state is created, so that nothing is half-updated.
+        RuntimeError: in ``step``: a gradient is dense, the count of an id of the mini-batch is not positive, a gradient
+            is not finite where nonfinite is "error", or a loaded state is incomplete. The message names the parameter.
+            All parameters are checked before the first is updated and before any state is created, so that nothing is
+            half-updated. (On CUDA nobody waits for ids, counts and gradients: a wrong one is a device-side assertion.)
 """
 
 
-class _MiniBatch(NamedTuple):
-    """What a step does to one table."""
-
-    weight: Tensor
-    ids: Tensor  # [N]
-    grad: Tensor  # [N, D]
-    counts: Tensor | None
-    padding_idx: int | None
-    group: dict[str, Any]
-
-
-class _MBAOptimizer(Optimizer):
-    """What the optimizers share: options, checks, the order of a step."""
-
-    _options: tuple[str, ...]  # the rule's own
-    _states: tuple[str, ...]  # a table has all of them, or none before its first update
-    _row_states: tuple[str, ...] = ()  # those with one number per row; the others have the weight's shape
-
-    def __init__(self, params: ParamsT, lr: float, l2: float, counts: Tensor | None, **options: Any) -> None:
-        super().__init__(params, {"lr": lr, "l2": l2, "counts": counts, **options})
-
-    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, of a pickle, and what load_state_dict loads
-        needed = ("lr", "l2", "counts", *self._options)  # self.defaults may hold more, which torch puts there
-        for i, group in enumerate(state["param_groups"]):
-            missing = [name for name in needed if name not in group]
-            if missing:
-                raise ValueError(
-                    f"{type(self).__name__} needs the options {', '.join(needed)}, but parameter group {i} of the "
-                    f"state_dict has no {', '.join(missing)}: it is that of another optimizer"
-                )
-        super().__setstate__(state)
-
-    def _check_options(self, group: dict[str, Any]) -> None:
-        """Raises TypeError or ValueError for an option of the rule that is no number or out of its range."""
-        raise NotImplementedError
-
-    def _update(self, batch: _MiniBatch, lr: float, state: dict[str, Any]) -> None:
-        """Updates the rows of one table; creates the rule's state where there is none yet."""
-        raise NotImplementedError
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        lr = group["lr"]
-        _checks.non_negative("lr", lr.item() if isinstance(lr, Tensor) else lr)
-        _checks.non_negative("l2", group["l2"])
-        self._check_options(group)
-        for weight in group["params"]:
-            _checks.supported("an embedding weight", weight, _checks.FULL_PRECISION, cuda_kernels=False)
-            if weight.dim() != 2:
-                raise ValueError(
-                    f"{type(self).__name__} updates embedding tables [num_embeddings, D], got a parameter of "
-                    f"shape {list(weight.shape)}: give dense parameters to an optimizer of torch.optim"
-                )
-            check_counts(group["counts"], weight)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-        except Exception:
-            self.param_groups.pop()
-            raise
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Updates every table that has a gradient.
-
-        Args:
-            closure: evaluates the model again and returns the loss, which is then returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        batches = self._mini_batches()
-        for weight, ids, grad, counts, padding_idx, _ in batches:
-            if len(batches) > 1 or weight not in self.state:  # else the update's own check is the first thing it does
-                torch.ops.dien_ops.mba_check(weight, ids, grad, counts, padding_idx)
-        for batch in batches:
-            self._update(batch, float(batch.group["lr"]), self.state[batch.weight])
-        return loss
-
-    def _mini_batches(self) -> list[_MiniBatch]:
-        tables = owners()
-        batches = []
-        for group in self.param_groups:
-            self._check_group(group)
-            for weight in group["params"]:
-                grad = weight.grad
-                if grad is None:
-                    continue
-                if not grad.is_sparse or grad.sparse_dim() != 1:
-                    came = "sparse" if grad.is_sparse else "dense"
-                    raise RuntimeError(
-                        f"{type(self).__name__} needs gradients of sparse rows, as nn.Embedding(sparse=True) "
-                        f"and dien_ops.MBAEmbedding give them, got a {came} matrix for a parameter of shape "
-                        f"{list(weight.shape)}: give dense parameters to an optimizer of torch.optim"
-                    )
-                self._check_state(weight)
-                owned_by = tables.get(id(weight), [])
-                counts = group["counts"] if group["counts"] is not None else _counts_of(owned_by)
-                ids, values = grad._indices()[0], grad._values()
-                batches.append(_MiniBatch(weight, ids, values, counts, _padding_of(owned_by), group))
-        return batches
-
-    def _check_state(self, weight: Tensor) -> None:
-        """What an update would refuse, found before any: a state_dict may have brought anything."""
-        state = self.state.get(weight, {})
-        if state and state.keys() != set(self._states):
-            raise RuntimeError(
-                f"the state of a parameter of shape {list(weight.shape)} must be {', '.join(self._states)}, "
-                f"got {', '.join(map(str, state))}"
-            )
-        for name, value in {"weight": weight, **state}.items():
-            _checks.tensor(name, value)
-            if value.is_floating_point():
-                _checks.matches("weight", weight, **{name: value})
-            if name in self._row_states:
-                _checks.shape(name, value, weight.shape[:1], "[num_embeddings]")
-            else:
-                _checks.shape(name, value, weight.shape, "[num_embeddings, D]")
-            if not value.is_contiguous():
-                raise RuntimeError(f"{name} must be contiguous: it is updated in place")
-
-
-def _counts_of(tables: list[MBAEmbedding]) -> Tensor | None:
-    """Those of the tables that own a weight; mostly there is one table or none."""
-    counts = [table.counts for table in tables if table.counts is not None]
-    if any(other is not counts[0] for other in counts[1:]):
-        raise RuntimeError(
-            f"{len(tables)} MBAEmbeddings share a weight of shape {list(tables[0].weight.shape)} and have "
-            f"counts of their own: pass the optimizer the counts to use"
-        )
-    return counts[0] if counts else None
-
-
-def _padding_of(tables: list[MBAEmbedding]) -> int | None:
-    """The padding row of the tables that own a weight; a row that is padding to some of them only is data."""
-    padding = {table.padding_idx for table in tables}
-    return padding.pop() if len(padding) == 1 else None
-
-
-class MBASGD(_MBAOptimizer):
+class MBASGD(MBAOptimizer):
     __doc__ = f"""SGD with mini-batch aware L2 (DIN eq. 7): ``w_j <- w_j - lr (g_j + (l2 / n_j) w_j)``.
 
     See :func:`dien_ops.functional.mba_sgd_`. With l2=0 and momentum=0 it is :class:`torch.optim.SGD` on a
     sparse gradient. With momentum, the momentum of a row stands still while its id is
     absent.{_SHARED_ARGUMENTS}
-        momentum: in [0, 1).{_RAISES}
+        momentum: in [0, 1).
+
+    ``decay="lazy"`` (without momentum and counts; lr l2 < 1) is dense SGD with L2, which torch.optim.SGD calls
+    weight_decay, at the cost of the mini-batch: a row pays what it owes when it is touched next. Rows that are read in
+    between lag behind, so :meth:`catch_up_` must be called before evaluation, saving or export. An update that is left
+    out for nonfinite="skip" still owes its decay. One that a GradScaler left out does not, so the scaler's finding is
+    read, which waits for the device.{_RAISES}
     Example:
         >>> items = dien_ops.MBAEmbedding(1000, 18)
         >>> optimizer = dien_ops.optim.MBASGD(items.parameters(), lr=0.1)
@@ -202,8 +76,11 @@ class MBASGD(_MBAOptimizer):
         >>> optimizer.step()
     """
 
+    _operator = torch.ops.dien_ops.mba_sgd_
     _options = ("momentum",)
-    _states = ("momentum_buffer",)
+    _decays = embedding.SGD_DECAYS
+    _states = (("momentum_buffer",), ("decayed", "log_decay"))
+    _row_states = ("decayed",)
 
     def __init__(
         self,
@@ -213,23 +90,71 @@ class MBASGD(_MBAOptimizer):
         l2: float = 0.01,
         counts: Tensor | None = None,
         momentum: float = 0.0,
+        decay: str = "mini_batch_aware",
+        nonfinite: str = "propagate",
+        check_ids: bool = True,
+        seed: int | None = 0,
     ) -> None:
-        super().__init__(params, lr, l2, counts, momentum=momentum)
+        super().__init__(params, lr, l2, counts, decay, nonfinite, check_ids, seed, momentum=momentum)
 
     def _check_options(self, group: dict[str, Any]) -> None:
         _checks.fraction("momentum", group["momentum"])
+        if group["decay"] == "lazy":
+            embedding.check_lazy(group["momentum"], group["counts"])
+            if not float(group["lr"]) * group["l2"] < 1:
+                raise ValueError(f'lr l2 must be below 1 where decay is "lazy", got {float(group["lr"]) * group["l2"]}')
 
-    def _update(self, batch: _MiniBatch, lr: float, state: dict[str, Any]) -> None:
-        weight, ids, grad, counts, padding_idx, group = batch
-        if group["momentum"] != 0 and "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        functional.mba_sgd_(
-            weight, ids, grad, lr=lr, l2=group["l2"], counts=counts, padding_idx=padding_idx,
-            momentum_buffer=state.get("momentum_buffer"), momentum=group["momentum"],
-        )  # fmt: skip
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        return (group["momentum"],)
+
+    def _used_states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        if group["decay"] == "lazy":
+            return ("decayed", "log_decay")
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+    def _new_state(self, name: str, weight: Tensor, group: dict[str, Any]) -> Any:
+        return 0.0 if name == "log_decay" else super()._new_state(name, weight, group)
+
+    def _update(self, call: Call, lr: float, *_: list[float]) -> None:
+        if call.group["decay"] != "lazy":
+            return super()._update(call, lr, [])
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        this_step = math.log1p(-lr * call.l2)
+        log_decays = [self.state.get(weight, {}).get("log_decay", 0.0) + this_step for weight in call.weights]
+        super()._update(call, lr, log_decays)
+        for weight, log_decay in zip(call.weights, log_decays, strict=True):
+            self.state[weight]["log_decay"] = log_decay
+
+    @torch.no_grad()
+    def catch_up_(self) -> None:
+        """Pays what the rows of all tables with ``decay="lazy"`` owe, so that they are those of dense SGD with L2.
+
+        Call it before evaluation, saving or export: its cost grows with the tables. Training goes on from there.
+
+        Example:
+            >>> items = dien_ops.MBAEmbedding(1000, 18)
+            >>> optimizer = dien_ops.optim.MBASGD(items.parameters(), lr=0.1, decay="lazy")
+            >>> items(torch.tensor([1, 5, 1])).sum().backward()
+            >>> optimizer.step()
+            >>> optimizer.catch_up_()
+        """
+        tables = owners()
+        for i, number, weight, name in self._parameters():
+            group, state = self.param_groups[i], self.state.get(weight, {})
+            if group["decay"] != "lazy" or "decayed" not in state:
+                continue
+            with naming(name):
+                self._check_state(weight)
+            padding_idx = padding_of(tables.get(id(weight), []))
+            for ids in torch.arange(weight.shape[0], device=weight.device).split(_ROWS_AT_ONCE):
+                grad = weight.new_zeros(1, 1).expand(ids.numel(), weight.shape[1])
+                table = Table(weight, ids, grad, None, padding_idx, number, name)
+                super()._update(Call(group, 0.0, [table]), 0.0, [state["log_decay"]])
 
 
-class MBAAdagrad(_MBAOptimizer):
+class MBAAdagrad(MBAOptimizer):
     __doc__ = f"""Adagrad with mini-batch aware L2: the decay ``(l2 / n_j) w_j`` of DIN eq. 7 is part of the
     gradient.
 
@@ -242,8 +167,9 @@ class MBAAdagrad(_MBAOptimizer):
         >>> optimizer = dien_ops.optim.MBAAdagrad(items.parameters(), lr=0.1)
     """
 
+    _operator = torch.ops.dien_ops.mba_adagrad_
     _options = ("initial_accumulator_value", "eps")
-    _states = ("sum",)
+    _states = (("sum",),)
 
     def __init__(
         self,
@@ -254,27 +180,23 @@ class MBAAdagrad(_MBAOptimizer):
         counts: Tensor | None = None,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
+        decay: str = "mini_batch_aware",
+        nonfinite: str = "propagate",
+        check_ids: bool = True,
+        seed: int | None = 0,
     ) -> None:
         options = {"initial_accumulator_value": initial_accumulator_value, "eps": eps}
-        super().__init__(params, lr, l2, counts, **options)
+        super().__init__(params, lr, l2, counts, decay, nonfinite, check_ids, seed, **options)
 
     def _check_options(self, group: dict[str, Any]) -> None:
         _checks.non_negative("initial_accumulator_value", group["initial_accumulator_value"])
         _checks.non_negative("eps", group["eps"])
 
-    def _initial_sum(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
-        return torch.full_like(weight, group["initial_accumulator_value"])
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        return (group["eps"],)
 
-    _function = staticmethod(functional.mba_adagrad_)
-
-    def _update(self, batch: _MiniBatch, lr: float, state: dict[str, Any]) -> None:
-        weight, ids, grad, counts, padding_idx, group = batch
-        if "sum" not in state:
-            state["sum"] = self._initial_sum(weight, group)
-        self._function(
-            weight, state["sum"], ids, grad, lr=lr, l2=group["l2"], counts=counts, padding_idx=padding_idx,
-            eps=group["eps"],
-        )  # fmt: skip
+    def _new_state(self, name: str, weight: Tensor, group: dict[str, Any]) -> Any:
+        return super()._new_state(name, weight, group).fill_(group["initial_accumulator_value"])
 
 
 class MBARowwiseAdagrad(MBAAdagrad):
@@ -289,15 +211,11 @@ class MBARowwiseAdagrad(MBAAdagrad):
         >>> optimizer = dien_ops.optim.MBARowwiseAdagrad(items.parameters(), lr=0.1)
     """
 
+    _operator = torch.ops.dien_ops.mba_rowwise_adagrad_
     _row_states = ("sum",)
 
-    def _initial_sum(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
-        return weight.new_full([weight.shape[0]], group["initial_accumulator_value"])
 
-    _function = staticmethod(functional.mba_rowwise_adagrad_)
-
-
-class MBAAdam(_MBAOptimizer):
+class MBAAdam(MBAOptimizer):
     __doc__ = f"""Lazy Adam with mini-batch aware L2: the decay ``(l2 / n_j) w_j`` of DIN eq. 7 is part of the
     gradient.
 
@@ -310,8 +228,9 @@ class MBAAdam(_MBAOptimizer):
         >>> optimizer = dien_ops.optim.MBAAdam(items.parameters(), lr=1e-3)
     """
 
+    _operator = torch.ops.dien_ops.mba_adam_
     _options = ("betas", "eps")
-    _states = ("exp_avg", "exp_avg_sq", "step")
+    _states = (("exp_avg", "exp_avg_sq", "step"),)
     _row_states = ("step",)
 
     def __init__(
@@ -323,20 +242,16 @@ class MBAAdam(_MBAOptimizer):
         counts: Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        decay: str = "mini_batch_aware",
+        nonfinite: str = "propagate",
+        check_ids: bool = True,
+        seed: int | None = 0,
     ) -> None:
-        super().__init__(params, lr, l2, counts, betas=betas, eps=eps)
+        super().__init__(params, lr, l2, counts, decay, nonfinite, check_ids, seed, betas=betas, eps=eps)
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        check_betas(group["betas"])
+        embedding.check_betas(group["betas"])
         _checks.non_negative("eps", group["eps"])
 
-    def _update(self, batch: _MiniBatch, lr: float, state: dict[str, Any]) -> None:
-        weight, ids, grad, counts, padding_idx, group = batch
-        if not state:
-            state["exp_avg"] = torch.zeros_like(weight)
-            state["exp_avg_sq"] = torch.zeros_like(weight)
-            state["step"] = torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
-        functional.mba_adam_(
-            weight, state["exp_avg"], state["exp_avg_sq"], state["step"], ids, grad, lr=lr,
-            betas=group["betas"], eps=group["eps"], l2=group["l2"], counts=counts, padding_idx=padding_idx,
-        )  # fmt: skip
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        return (*group["betas"], group["eps"])

@@ -344,23 +344,44 @@ def _loss_of_logits(logits: Tensor, lengths: Tensor | None, steps: int, reductio
 
 
 def _mini_batch_rows(
-    weight: Tensor, ids: Tensor, grad: Tensor, l2: float, counts: Tensor | None, padding_idx: int | None
-) -> tuple[Tensor, Tensor]:
-    """The ids of the mini-batch, each once, and g_j + (l2 / n_j) w_j for each of them (DIN eq. 7)."""
+    weight: Tensor,
+    ids: Tensor | None,
+    grad: Tensor,
+    lr: float,
+    l2: float,
+    counts: Tensor | None,
+    padding_idx: int | None,
+    decay: str,
+    grad_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ids of the mini-batch, each once, with w_j and g_j of each, the decay being part of the one or of the other:
+    the rule then takes a step from w_j along g_j."""
+    if ids is None:  # of a sparse gradient
+        ids, grad = grad._indices()[0], grad._values()
     ids, grad = ids.flatten(), grad.reshape(-1, weight.size(1))
     if padding_idx is not None:
         kept = ids != padding_idx % weight.size(0)
         ids, grad = ids[kept], grad[kept]
     rows, inverse = torch.unique(ids, return_inverse=True)
-    summed = grad.new_zeros(rows.numel(), weight.size(1)).index_add_(0, inverse, grad).to(weight.dtype)
-    n = counts[rows].to(weight.dtype).unsqueeze(1) if counts is not None else 1.0
-    return rows, summed + l2 / n * weight[rows]
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    w = weight[rows].to(wide)
+    g = w.new_zeros(w.shape).index_add_(0, inverse, grad.to(wide))
+    if grad_scale is not None:
+        g = g / grad_scale
+    n = 1.0 if counts is None or decay == "difacto" else counts[rows].to(wide).unsqueeze(1)
+    if decay in ("mini_batch_aware", "difacto"):  # DIN eq. 7
+        g = g + l2 / n * w
+    elif decay == "decoupled":
+        w = w - lr * l2 / n * w
+    elif decay != "lazy":
+        raise ValueError(f'decay must be "mini_batch_aware", "decoupled", "difacto" or "lazy", got {decay!r}')
+    return rows, w, g
 
 
 @torch.no_grad()
 def mba_sgd_(
     weight: Tensor,
-    ids: Tensor,
+    ids: Tensor | None,
     grad: Tensor,
     *,
     lr: float,
@@ -369,20 +390,28 @@ def mba_sgd_(
     padding_idx: int | None = None,
     momentum_buffer: Tensor | None = None,
     momentum: float = 0.0,
+    decay: str = "mini_batch_aware",
+    decayed: Tensor | None = None,
+    log_decay: float | None = None,
+    grad_scale: Tensor | None = None,
 ) -> None:
     """SGD on the mini-batch's rows (DIN eq. 7); see :func:`dien_ops.functional.mba_sgd_`."""
-    rows, g = _mini_batch_rows(weight, ids, grad, l2, counts, padding_idx)
+    rows, w, g = _mini_batch_rows(weight, ids, grad, lr, l2, counts, padding_idx, decay, grad_scale)
+    if decay == "lazy":
+        assert decayed is not None and log_decay is not None
+        w = (log_decay - decayed[rows]).exp().to(w.dtype).unsqueeze(1) * w
+        decayed[rows] = log_decay
     if momentum_buffer is not None:
         g = momentum * momentum_buffer[rows] + g
         momentum_buffer[rows] = g
-    weight[rows] -= lr * g
+    weight[rows] = (w - lr * g).to(weight.dtype)
 
 
 @torch.no_grad()
 def mba_adagrad_(
     weight: Tensor,
     state_sum: Tensor,
-    ids: Tensor,
+    ids: Tensor | None,
     grad: Tensor,
     *,
     lr: float,
@@ -390,18 +419,20 @@ def mba_adagrad_(
     counts: Tensor | None = None,
     padding_idx: int | None = None,
     eps: float = 1e-10,
+    decay: str = "mini_batch_aware",
+    grad_scale: Tensor | None = None,
 ) -> None:
     """Adagrad on the mini-batch's rows; see :func:`dien_ops.functional.mba_adagrad_`."""
-    rows, g = _mini_batch_rows(weight, ids, grad, l2, counts, padding_idx)
+    rows, w, g = _mini_batch_rows(weight, ids, grad, lr, l2, counts, padding_idx, decay, grad_scale)
     state_sum[rows] += g * g
-    weight[rows] -= lr * g / (state_sum[rows].sqrt() + eps)
+    weight[rows] = (w - lr * g / (state_sum[rows].sqrt() + eps)).to(weight.dtype)
 
 
 @torch.no_grad()
 def mba_rowwise_adagrad_(
     weight: Tensor,
     state_sum: Tensor,
-    ids: Tensor,
+    ids: Tensor | None,
     grad: Tensor,
     *,
     lr: float,
@@ -409,11 +440,13 @@ def mba_rowwise_adagrad_(
     counts: Tensor | None = None,
     padding_idx: int | None = None,
     eps: float = 1e-10,
+    decay: str = "mini_batch_aware",
+    grad_scale: Tensor | None = None,
 ) -> None:
     """Row-wise Adagrad: one accumulator per row; see :func:`dien_ops.functional.mba_rowwise_adagrad_`."""
-    rows, g = _mini_batch_rows(weight, ids, grad, l2, counts, padding_idx)
+    rows, w, g = _mini_batch_rows(weight, ids, grad, lr, l2, counts, padding_idx, decay, grad_scale)
     state_sum[rows] += g.square().mean(1)
-    weight[rows] -= lr * g / (state_sum[rows].sqrt() + eps).unsqueeze(1)
+    weight[rows] = (w - lr * g / (state_sum[rows].sqrt() + eps).unsqueeze(1)).to(weight.dtype)
 
 
 @torch.no_grad()
@@ -422,7 +455,7 @@ def mba_adam_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     step: Tensor,
-    ids: Tensor,
+    ids: Tensor | None,
     grad: Tensor,
     *,
     lr: float,
@@ -431,14 +464,16 @@ def mba_adam_(
     l2: float = 0.01,
     counts: Tensor | None = None,
     padding_idx: int | None = None,
+    decay: str = "mini_batch_aware",
+    grad_scale: Tensor | None = None,
 ) -> None:
     """Lazy Adam with a step count per row; see :func:`dien_ops.functional.mba_adam_`."""
-    rows, g = _mini_batch_rows(weight, ids, grad, l2, counts, padding_idx)
+    rows, w, g = _mini_batch_rows(weight, ids, grad, lr, l2, counts, padding_idx, decay, grad_scale)
     beta1, beta2 = betas
     step[rows] += 1
-    t = step[rows].to(weight.dtype).unsqueeze(1)
+    t = step[rows].to(w.dtype).unsqueeze(1)
     exp_avg[rows] = beta1 * exp_avg[rows] + (1 - beta1) * g
     exp_avg_sq[rows] = beta2 * exp_avg_sq[rows] + (1 - beta2) * g * g
     first = exp_avg[rows] / (1 - beta1**t)
     second = exp_avg_sq[rows] / (1 - beta2**t)
-    weight[rows] -= lr * first / (second.sqrt() + eps)
+    weight[rows] = (w - lr * first / (second.sqrt() + eps)).to(weight.dtype)
