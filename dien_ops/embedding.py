@@ -135,7 +135,8 @@ def _mini_batch(
     options from grad_scale to l2."""
     _checks.supported("weight", weight)
     _checks.rank("weight", weight, 2)
-    _checks.tensor("grad", grad)
+    for name, value in {"grad": grad, **states}.items():
+        _checks.tensor(name, value)
     if ids is None:
         ids, grad = sparse_rows(grad, weight, "give the ids of a dense one")
     _checks.tensor("ids", ids)

@@ -19,6 +19,11 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float64, low: float = -1.0, hig
     return torch.empty(shape, dtype=dtype).uniform_(low, high).requires_grad_()
 
 
+def here(x: object) -> object:
+    """What was made when a file was read, on the device of the tests."""
+    return x.to(torch.get_default_device()) if isinstance(x, Tensor) and x.device.type == "cpu" else x
+
+
 def spread_lengths(batch: int, steps: int) -> Tensor:
     """Lengths in no order that include 0 and T as soon as there are two rows."""
     lengths = torch.arange(batch) * (steps + 1) // max(batch, 1)

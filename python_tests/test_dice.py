@@ -19,6 +19,7 @@ from helpers import (
     assert_same_bits,
     begins_anywhere,
     gradients,
+    here,
     leaf,
     run_python,
     second_derivatives,
@@ -54,11 +55,6 @@ def arguments(shape: tuple[int, ...], affine: bool = True, dtype: torch.dtype = 
 def running(channels: int, dtype: torch.dtype = F64) -> dict[str, Tensor]:
     mean, var = torch.linspace(-1, 1, channels, dtype=dtype), torch.linspace(0.5, 2, channels, dtype=dtype)
     return {"running_mean": mean, "running_var": var}
-
-
-def here(x: object) -> object:
-    """What was made when this file was read, on the device of the tests."""
-    return x.to(torch.get_default_device()) if isinstance(x, Tensor) and x.device.type == "cpu" else x
 
 
 def results(module, arguments: dict[str, Tensor], **options) -> list[Tensor]:
