@@ -203,7 +203,8 @@ def mba_sgd_(
     The result is the same bits however many threads run.
 
     It needs no sparse tensor, so a whole training step can be compiled: look the rows up, differentiate with
-    respect to the rows, and pass their gradient on (see the example).
+    respect to the rows, and pass their gradient on (see the example). For torch.compile the numbers (lr, l2 and the
+    like) are constants: other ones compile again. Other ids, sizes and seeds do not.
 
     Args:
         weight: [num_embeddings, D], contiguous, float32, float64, bfloat16 or float16. 16-bit weights are computed in

@@ -138,7 +138,9 @@ def test_ids_and_gradients_come_in_any_shape_type_and_strides(rule):
 def test_tables_of_more_than_2_to_the_31_elements_are_addressed(dtype):
     rows, dim = 2**27 + 1, 17
     try:
-        weight = torch.empty(rows, dim, dtype=dtype)  # addresses: on the CPU only the pages that are touched take memory
+        weight = torch.empty(
+            rows, dim, dtype=dtype
+        )  # addresses: on the CPU only the pages that are touched take memory
     except RuntimeError:
         pytest.skip("there is no memory for 2^31 numbers")
     ids = torch.tensor([rows - 1, 2**26, rows - 1])
@@ -235,6 +237,24 @@ def test_compiles_to_one_graph_for_all_sizes(rule, dtype):
         eager = table.copy().update(functional, ids, grad, padding_idx=-1, seed=3)
         compiled(table.weight, ids, grad, *table.state.values())
         assert bits(table.tensors) == bits(eager)
+
+
+def test_another_seed_needs_no_other_graph():
+    torch._dynamo.reset()
+
+    def step(weight, ids, grad, seed):
+        functional.mba_sgd_(weight, ids, grad, lr=0.1, seed=seed)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    weight, ids, grad = Table("sgd", dtype=torch.bfloat16).weight, skewed_ids(9, 11), torch.randn(9, 5).bfloat16()
+    other = weight.clone()
+    compiled(weight, ids, grad, 5)
+    step(other, ids, grad, 5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for seed in (6, -(2**63), 2**63 - 1):
+            compiled(weight, ids, grad, seed)
+            step(other, ids, grad, seed)
+            assert bits([weight]) == bits([other])
 
 
 @EVERY_RULE
