@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
+from embedding_cases import EVERY_RULE, F64, Table, bits, call_operator, function_of, operator_lists
 
 from dien_ops import functional
-from embedding_cases import EVERY_RULE, F64, Table, bits, call_operator, function_of, operator_lists
 from helpers import here, run_python
 
 IDS, GRAD = torch.tensor([1, 2]), torch.zeros(2, 5, dtype=F64)
@@ -154,7 +154,7 @@ def test_weights_that_cannot_be_updated_are_refused(weight, error, message):
 def test_a_sparse_gradient_must_be_one_of_rows():
     weight = torch.zeros(3, 2)
     entries = torch.ones(3, 2).to_sparse()
-    with pytest.raises(RuntimeError, match="grad must be of sparse rows.* got a sparse matrix"):
+    with pytest.raises(RuntimeError, match=r"grad must be of sparse rows.* got a sparse matrix"):
         functional.mba_sgd_(weight, None, entries, lr=0.1)
     rows = torch.ones(4, 2).to_sparse(1)
     with pytest.raises(RuntimeError, match=r"grad must have shape \[3, 2\] \[num_embeddings, D\], got \[4, 2\]"):
@@ -254,7 +254,9 @@ def test_two_tables_that_share_memory_are_refused():
 
 def test_momentum_needs_its_buffer():
     weight, options = torch.zeros(11, 5, dtype=F64), (None, None, "mini_batch_aware", "propagate", True)
-    with pytest.raises(RuntimeError, match="momentum_buffers? must be given where momentum is not 0, got momentum=0.9"):
+    with pytest.raises(
+        RuntimeError, match=r"momentum_buffers? must be given where momentum is not 0, got momentum=0.9"
+    ):
         torch.ops.dien_ops.mba_sgd_(
             [weight], [], [], [here(IDS)], [here(GRAD)], [], [-1], [], [], *options, 0.1, 0.01, 0.9
         )
