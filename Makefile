@@ -38,7 +38,7 @@ test: $(VENV)/dien_ops  ## all tests, and the package's own check of this machin
 	$(MAKE) test-cuda-host
 
 # The CUDA kernels as C++, in a build tree of their own. The argument: with sanitizers, ON or OFF.
-HOST_EXECUTOR_TESTS := $(foreach name,host_executor cuda_primitives gru* attention activation_unit* dice aux_loss,$(wildcard python_tests/test_$(name).py))
+HOST_EXECUTOR_TESTS := $(foreach name,host_executor cuda_primitives gru* attention activation_unit* dice aux_loss embedding* optim*,$(wildcard python_tests/test_$(name).py))
 host_executor = build/host-executor-sanitize-$(1)/libdien_ops_cuda_host.so
 define build_host_executor
 	$(BIN)/cmake -S . -B $(dir $(host_executor)) -G Ninja --log-level=NOTICE -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \

@@ -12,9 +12,23 @@ import sys
 
 import torch
 
-from bench import gpu_small_activation_unit, gpu_small_attention, gpu_small_aux_loss, gpu_small_dice, gpu_small_gru
+from bench import (
+    gpu_small_activation_unit,
+    gpu_small_attention,
+    gpu_small_aux_loss,
+    gpu_small_dice,
+    gpu_small_embedding,
+    gpu_small_gru,
+)
 
-COLUMNS = (gpu_small_gru, gpu_small_attention, gpu_small_activation_unit, gpu_small_dice, gpu_small_aux_loss)
+COLUMNS = (
+    gpu_small_gru,
+    gpu_small_attention,
+    gpu_small_activation_unit,
+    gpu_small_dice,
+    gpu_small_aux_loss,
+    gpu_small_embedding,
+)
 
 
 def main() -> None:

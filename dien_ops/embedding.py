@@ -257,8 +257,7 @@ def mba_sgd_(
         >>> weight, ids = torch.randn(1000, 8), torch.tensor([[3, 7, 3]])
         >>> def loss_of(rows):  # [1, 3, 8]
         ...     return rows.square().sum()
-        >>> @torch.compile(fullgraph=True, backend="aot_eager")
-        ... def training_step(weight, ids):
+        >>> def training_step(weight, ids):  # torch.compile(training_step, fullgraph=True) is one graph
         ...     grad, loss = torch.func.grad_and_value(loss_of)(weight[ids])
         ...     dien_ops.functional.mba_sgd_(weight, ids, grad, lr=0.1)
         ...     return loss

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every operator against the reference equations on this machine: ``python -m dien_ops.selftest``.
 
-Run it on new hardware or after a new build; operators that have CUDA kernels are checked on each GPU too. It prints
-one line per operator and exits with code 1, naming the operators, where a result or a gradient is wrong.
+Run it on new hardware or after a new build; the CUDA kernels are checked on each GPU. It prints one line per operator
+and exits with code 1, naming the operators, where a result or a gradient is wrong.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _auxiliary_loss(module: ModuleType, dtype: torch.dtype) -> list[Tensor]:
     return _with_gradients((loss,), tensors)
 
 
-def _mba(name: str) -> Check:
+def _mba(name: str, decay: str) -> Check:
     rows, dim = 50, 13
 
     def check(module: ModuleType, dtype: torch.dtype) -> list[Tensor]:
@@ -111,11 +111,14 @@ def _mba(name: str) -> Check:
             "mba_rowwise_adagrad_": per_row[:1],
             "mba_adam_": [*per_element, step],
         }[name]
-        counts = torch.arange(rows) + 1
-        for _ in range(3):
+        decayed = torch.zeros(rows, dtype=torch.float64)
+        for i in range(3):
             ids = torch.randint(rows, (40,))
             grad = _uniform(40, dim, dtype=dtype).detach()
-            getattr(module, name)(weight, *states, ids, grad, lr=0.1, l2=0.5, counts=counts)
+            options: dict[str, Any] = {"counts": torch.arange(rows) + 1}
+            if decay == "lazy":
+                options = {"decayed": decayed, "log_decay": -0.1 * (i + 1)}
+            getattr(module, name)(weight, *states, ids, grad, lr=0.1, l2=0.5, decay=decay, **options)
         return [weight, *(s.to(dtype) for s in states)]
 
     return check
@@ -135,7 +138,9 @@ def checks() -> Iterator[tuple[str, Check]]:
     yield "dice(training=False)", _dice(False)
     yield "auxiliary_loss", _auxiliary_loss
     for name in ("mba_sgd_", "mba_adagrad_", "mba_rowwise_adagrad_", "mba_adam_"):
-        yield name, _mba(name)
+        for decay in ("mini_batch_aware", "decoupled"):
+            yield f"{name}(decay={decay!r})", _mba(name, decay)
+    yield "mba_sgd_(decay='lazy')", _mba("mba_sgd_", "lazy")
 
 
 def _gpus() -> list[torch.device]:
@@ -182,7 +187,7 @@ def main() -> int:
     print(f"{'operator':<48} {'float32':>9} {'float64':>9}")
     todo = [(name, check, torch.device("cpu")) for name, check in checks()]
     for gpu in _gpus():
-        todo += [(f"{name}, on {gpu}", check, gpu) for name, check in checks() if not name.startswith("mba_")]
+        todo += [(f"{name}, on {gpu}", check, gpu) for name, check in checks()]
     for name, check, device in todo:
         errors = {dtype: error_of(check, dtype, device) for dtype in TOLERANCE}
         wrong = [dtype for dtype, error in errors.items() if not error <= TOLERANCE[dtype]]
