@@ -58,7 +58,8 @@ class MBAEmbedding(nn.Embedding):
         counts: a buffer, int64 (float64 where floating point counts were given) or None. It is saved in the
             state_dict once it is there, and loading one that has it creates it, integer or floating point as
             saved; counts that do not fit the table are an error and leave it as it was.
-        seen: how many instances were counted. With learn_counts it is saved in the state_dict too.
+        seen: how many instances were counted. With learn_counts it is saved in the state_dict beside the counts; counts
+            that are loaded without it are taken for those of the whole training set.
 
     Raises:
         IndexError: an id is out of range. (On CUDA: a device-side assertion.)
@@ -243,7 +244,8 @@ class MBAEmbedding(nn.Embedding):
             self.counts = before
         elif self.counts is not None:  # assign=True takes the saved tensor itself
             self.counts = self.counts.to(_wide(saved))
-            self.seen = 0 if seen is None else int(seen)
+            whole = self.learn_counts or 0  # the training set, where the counts come from elsewhere
+            self.seen = whole if seen is None else int(seen)
 
 
 def owners() -> dict[int, list[MBAEmbedding]]:

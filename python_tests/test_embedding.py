@@ -192,6 +192,18 @@ def test_autograd_sees_the_write():
         loss.backward()
 
 
+def test_autograd_sees_the_write_of_every_state():
+    for rule in STATES:
+        table = Table(rule)
+        versions = [t._version for t in table.tensors]
+        table.update(functional, torch.tensor([1]), torch.randn(1, 5, dtype=F64))
+        assert all(t._version > before for t, before in zip(table.tensors, versions, strict=True)), rule
+    weight, decayed = torch.randn(4, 3), torch.zeros(4, dtype=F64)
+    options = dict(lr=0.1, decay="lazy", decayed=decayed, log_decay=-0.1)
+    functional.mba_sgd_(weight, torch.tensor([1]), torch.randn(1, 3), **options)
+    assert weight._version > 0 and decayed._version > 0
+
+
 @EVERY_RULE
 @ANY_DTYPE
 def test_a_sparse_gradient_is_taken_as_it_is(rule, dtype):
@@ -239,7 +251,7 @@ def test_compiles_to_one_graph_for_all_sizes(rule, dtype):
         assert bits(table.tensors) == bits(eager)
 
 
-def test_another_seed_needs_no_other_graph():
+def test_another_seed_compiles_no_other_graph():
     torch._dynamo.reset()
 
     def step(weight, ids, grad, seed):

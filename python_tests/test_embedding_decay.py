@@ -157,6 +157,18 @@ def test_catching_up_leaves_padding_and_tables_of_other_decay_alone():
     assert bits([lazy.weight[2], other.weight[2:]]) == bits([before[0][2], before[1][2:]])
 
 
+def test_catching_up_leaves_a_table_alone_that_is_lazy_no_more():
+    embedding = table()
+    optimizer = optim.MBASGD(embedding.parameters(), lr=0.2, l2=0.3, decay="lazy")
+    give_gradient(embedding.weight, torch.tensor([1]), torch.zeros(1, 3, dtype=F64))
+    optimizer.step()
+    optimizer.param_groups[0]["decay"] = "decoupled"
+    optimizer.step()
+    before = bits([embedding.weight])
+    optimizer.catch_up_()
+    assert bits([embedding.weight]) == before
+
+
 def test_catching_up_goes_over_tables_in_pieces(monkeypatch):
     monkeypatch.setattr(optim, "_ROWS_AT_ONCE", 4)
     embedding = table(30)

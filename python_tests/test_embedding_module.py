@@ -235,6 +235,16 @@ def test_the_estimate_of_n_j_is_the_share_of_what_was_seen():
     torch.testing.assert_close(found, 10 / torch.tensor([375.0, 375.0]).double())
 
 
+def test_tables_of_one_group_have_their_own_estimates():
+    tables = [dien_ops.MBAEmbedding(6, 2, learn_counts=n, dtype=torch.float64) for n in (100, 400)]
+    optimizer = optim.MBASGD([t.weight for t in tables], lr=1.0, l2=10.0)
+    before = [t.weight.detach().clone() for t in tables]
+    sum((t(torch.tensor([1, 2])) * 0).sum() for t in tables).backward()
+    optimizer.step()
+    for table, weight, n in zip(tables, before, (50, 200), strict=True):
+        torch.testing.assert_close(table.weight.detach()[1:3], weight[1:3] * (1 - 10 / n))
+
+
 def test_after_one_epoch_the_estimate_is_the_count():
     data = torch.randint(1, 30, (96, 4))
     counted, learned = dien_ops.MBAEmbedding(30, 2).count_(data), dien_ops.MBAEmbedding(30, 2, learn_counts=96)
@@ -280,11 +290,11 @@ def test_the_state_is_torchs_where_nothing_was_counted():
     model.load_state_dict(nn.ModuleDict({"table": theirs}).state_dict())
 
 
-def test_a_state_without_seen_starts_from_zero():
+def test_loaded_counts_without_seen_are_those_of_the_whole_training_set():
     table = dien_ops.MBAEmbedding(4, 2, learn_counts=100)
     table(torch.tensor([1]))
     table.load_state_dict(state_with(INTEGERS))
-    assert table.seen == 0 and table.counts.tolist() == INTEGERS.tolist()
+    assert table.seen == 100 and table.counts.tolist() == INTEGERS.tolist()
 
 
 # ------------------------------------------------------------------- DIN section 6.5: dropout and filter of ids
