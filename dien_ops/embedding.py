@@ -235,7 +235,7 @@ def mba_sgd_(
         log_decay: s, the sum of :math:`\ln(1 - \eta \lambda)` over all steps so far, this one included; needed where
             decay is "lazy".
         nonfinite: what becomes of NaN and infinity in the gradient, that of the padding row left aside. "propagate":
-            they go into the weight; "skip": the whole update is left out; "error": an error that names the first.
+            they go into the weight; "skip": the whole update is left out; "error": an error that names one.
         check_ids: False leaves out ids that are not in the table, instead of an error.
         seed: None rounds 16-bit weights to the nearest, by which updates below half a unit in the last place are lost.
             An integer rounds them stochastically, up or down with the probabilities that make the expected value exact:

@@ -14,7 +14,8 @@ from helpers import here, run_python
 
 IDS, GRAD = torch.tensor([1, 2]), torch.zeros(2, 5, dtype=F64)
 NAN = torch.tensor([[0.0, 0, 0, 0, 0], [0, math.nan, 0, 0, 0]], dtype=F64)
-# Found in the values of a tensor: on a device nobody waits for them.
+# Found in the values of a tensor: on a device nobody waits for them. One wrong value each: which of several is named is
+# for the threads to decide.
 VALUES = {
     "ids must be in 0..10, got 11 at position 1": dict(ids=torch.tensor([1, 11])),
     "ids must be in 0..10, got -1 at position 0": dict(ids=torch.tensor([-1, 2])),
@@ -24,10 +25,12 @@ VALUES = {
     "counts must be positive for every id of the mini-batch, got -3 for id 2": dict(
         counts=torch.ones(11, dtype=torch.int32).index_fill(0, torch.tensor([2]), -3)
     ),
-    "counts must be positive for every id of the mini-batch, got nan for id 1": dict(counts=torch.full((11,), math.nan)),
+    "counts must be positive for every id of the mini-batch, got nan for id 1": dict(
+        counts=torch.ones(11).index_fill(0, torch.tensor([1]), math.nan)
+    ),
     r"grad must be finite, got nan at position 1 \(id 2\), column 1": dict(grad=NAN, nonfinite="error"),
     r"grad must be finite, got -inf at position 0 \(id 1\), column 4": dict(
-        grad=GRAD.index_fill(1, torch.tensor([4]), -math.inf), nonfinite="error"
+        grad=torch.tensor([[0, 0, 0, 0, -math.inf], [0.0] * 5], dtype=F64), nonfinite="error"
     ),
 }  # fmt: skip
 ARGUMENTS = {
@@ -187,7 +190,7 @@ BAD = {
     "table 2: ids must be in 0..6, got 7 at position 1": dict(ids=torch.tensor([0, 7])),
     "table 2: counts must be positive for every id of the mini-batch, got 0 for id 3": dict(ids=torch.tensor([0, 3])),
     r"table 2: grad must be finite, got inf at position 1 \(id 1\), column 0": dict(
-        ids=torch.tensor([0, 1]), grad=torch.tensor([[0.0] * 4, [math.inf] * 4]).double()
+        ids=torch.tensor([0, 1]), grad=torch.tensor([[0.0] * 4, [math.inf, 0, 0, 0]]).double()
     ),
 }
 
