@@ -20,7 +20,7 @@ def _updates_in_place(*_: Any) -> None:
     """The fake rule of an operator that returns nothing."""
 
 
-for _name in ("mba_sgd_", "mba_adagrad_", "mba_rowwise_adagrad_", "mba_adam_", "mba_check"):
+for _name in ("mba_sgd_", "mba_adagrad_", "mba_rowwise_adagrad_", "mba_adam_", "mba_check", "advise_huge_pages"):
     torch.library.register_fake(f"dien_ops::{_name}", _updates_in_place)
 
 # ------------------------------------------------------------------------------------------------- functional

@@ -33,6 +33,9 @@ class MBAEmbedding(nn.Embedding):
     ``copy.deepcopy``, pickling, and moving or replacing the weight: they look for the living module whose
     ``weight`` the parameter is.
 
+    A new weight on the CPU is put into large pages where the system grants them (Linux: transparent huge pages), which
+    keeps random rows of a large table fast.
+
     torch cannot compile the backward of a sparse gradient. A model in training is compiled around the table,
     or uses :func:`dien_ops.functional.mba_sgd_` and its like; inference compiles.
 
@@ -114,6 +117,13 @@ class MBAEmbedding(nn.Embedding):
             counts = counts.detach().to(_wide(counts), copy=True)
         self.counts = counts
         self.learn_counts, self.id_dropout, self.min_count = learn_counts, id_dropout, min_count
+
+    def reset_parameters(self) -> None:
+        # Rows are read and written all over the table: with pages of 4 KiB each of them needs a walk through the page
+        # table, which for a large table is as slow as the row itself. Nobody has touched a new weight's memory yet.
+        if self.weight.is_cpu:
+            torch.ops.dien_ops.advise_huge_pages(self.weight)
+        super().reset_parameters()
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # copies and unpickled tables do not see __init__
         super().__setstate__(state)
