@@ -108,10 +108,14 @@ class Data:
         self.counts: list[Tensor] = []  # [rows]
         for table in p.tables:
             weight = torch.empty(table.rows, p.dim, dtype=p.dtype, device=p.device)
+            counts = torch.empty(table.rows, dtype=torch.int64, device=p.device)
+            if p.device == "cpu":  # as MBAEmbedding does; to the good of all who work on them
+                torch.ops.dien_ops.advise_huge_pages(weight)
+                torch.ops.dien_ops.advise_huge_pages(counts)
             for part in weight.split(PIECE):
                 part.copy_(piece[: len(part)])
             self.weights.append(weight)
-            self.counts.append(torch.arange(table.rows, device=p.device).remainder_(97).add_(1))
+            self.counts.append(torch.arange(table.rows, device=p.device, out=counts).remainder_(97).add_(1))
         self.batches: list[list[MiniBatch]] = []
         distinct = 0
         for _ in range(p.batches):

@@ -21,6 +21,13 @@ def _wide(counts: Tensor) -> torch.dtype:
     return torch.float64 if counts.is_floating_point() else torch.int64
 
 
+def _advise_huge_pages(new: Tensor) -> None:
+    """Rows are read and written all over a table: with pages of 4 KiB each of them needs a walk through the page table,
+    which for a large table is as slow as the row itself. Nobody has touched the memory of a new tensor yet."""
+    if new.is_cpu:
+        torch.ops.dien_ops.advise_huge_pages(new)
+
+
 _living: weakref.WeakSet[MBAEmbedding] = weakref.WeakSet()
 
 
@@ -114,15 +121,12 @@ class MBAEmbedding(nn.Embedding):
             raise ValueError("padding_idx must be given where id_dropout or min_count are: its row is read instead")
         if counts is not None:
             check_counts(counts, self.weight)
-            counts = counts.detach().to(_wide(counts), copy=True)
+            counts = self._zero_counts(_wide(counts)).copy_(counts.detach())
         self.counts = counts
         self.learn_counts, self.id_dropout, self.min_count = learn_counts, id_dropout, min_count
 
     def reset_parameters(self) -> None:
-        # Rows are read and written all over the table: with pages of 4 KiB each of them needs a walk through the page
-        # table, which for a large table is as slow as the row itself. Nobody has touched a new weight's memory yet.
-        if self.weight.is_cpu:
-            torch.ops.dien_ops.advise_huge_pages(self.weight)
+        _advise_huge_pages(self.weight)
         super().reset_parameters()
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # copies and unpickled tables do not see __init__
@@ -216,7 +220,7 @@ class MBAEmbedding(nn.Embedding):
         if not ids.is_cuda:  # there nobody waits for them
             self._check_ids(ids)
         if self.counts is None:
-            self.counts = torch.zeros(self.num_embeddings, dtype=torch.int64, device=self.weight.device)
+            self.counts = self._zero_counts(torch.int64)
         counted = torch.ones_like(ids, dtype=torch.bool)
         if of == "instances" and ids.dim() == 2:
             ids = ids.sort(dim=1).values
@@ -227,6 +231,11 @@ class MBAEmbedding(nn.Embedding):
         if of == "instances":
             self.seen += ids.shape[0]
         return self
+
+    def _zero_counts(self, dtype: torch.dtype) -> Tensor:
+        counts = torch.zeros(self.num_embeddings, dtype=dtype, device=self.weight.device)
+        _advise_huge_pages(counts)
+        return counts
 
     def _check_ids(self, ids: Tensor) -> None:
         wrong = ids[(ids < 0) | (ids >= self.num_embeddings)]
@@ -248,7 +257,7 @@ class MBAEmbedding(nn.Embedding):
             error_msgs: list[str] = args[-1]
             error_msgs.append(f"{prefix}counts must be int32, int64, float32 or float64, got {saved.dtype}")
         if before is None or before.dtype != _wide(saved) or not known:  # torch would cast to the dtype that is there
-            self.counts = torch.zeros(self.num_embeddings, dtype=_wide(saved), device=self.weight.device)
+            self.counts = self._zero_counts(_wide(saved))
         super()._load_from_state_dict(state_dict, prefix, *args)  # which reports a wrong shape
         if not known or list(saved.shape) != [self.num_embeddings]:
             self.counts = before
