@@ -25,7 +25,7 @@
 namespace dien_ops::cpu {
 namespace {
 
-constexpr int64_t kSegmentsAhead = 16, kRowsAhead = 8;
+constexpr int64_t kSegmentsAhead = 32, kRowsAhead = 8;
 constexpr int64_t kColumnVectors = 4;
 
 template <typename S>

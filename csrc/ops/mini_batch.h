@@ -248,7 +248,7 @@ MiniBatch<T> group_by_id(const std::vector<Table>& tables, const Numbering& numb
     std::vector<std::vector<int64_t>> long_ones(before.size());
     Smallest wrong;
     parallel_blocks(kept, [&](int64_t block, int64_t begin, int64_t end) {
-        constexpr int64_t kAhead = 16;
+        constexpr int64_t kAhead = 64;
         int64_t t = 0, s = before[block];
         for (int64_t i = begin; i < end; ++i) {
             const int64_t row = row_at(i);
