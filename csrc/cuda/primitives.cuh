@@ -161,10 +161,15 @@ DIEN_OPS_DEVICE void copy_async_commit(Site site = {});
 template <int N>
 DIEN_OPS_DEVICE void copy_async_wait(Site site = {});
 
-// Ends the launch where condition does not hold, with an error that carries the message: printf's format, and int64_t for each
-// of its %lld. On the device the message goes to stdout and the context is lost, as with assert, but in every build.
+// Ends the launch where condition does not hold, with an error that carries the message: printf's format, an integer for each of
+// its %lld and a floating-point number for each %g. On the device the message goes to stdout and the context is lost, as with
+// assert, but in every build.
 template <typename... Numbers>
 DIEN_OPS_DEVICE void require(bool condition, const char* format, Numbers... numbers);
+
+// What printf takes for a number of require's.
+template <typename T>
+using Printed = std::conditional_t<std::is_floating_point_v<T>, double, long long>;
 
 // From what is stored to what is computed in, and back, to the nearest, ties to even. A NaN stays one; too large for Half is
 // inf.
@@ -381,7 +386,7 @@ template <typename... Numbers>
 DIEN_OPS_DEVICE void require([[maybe_unused]] bool condition, [[maybe_unused]] const char* format, Numbers... numbers) {
 #ifdef __CUDA_ARCH__
     if (condition) return;
-    printf(format, static_cast<long long>(numbers)...);
+    printf(format, static_cast<Printed<Numbers>>(numbers)...);
     printf("\n");
     __assert_fail(format, "dien_ops", 0, "require");  // what assert calls, whether or not NDEBUG leaves assert in
 #endif

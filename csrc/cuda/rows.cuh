@@ -64,10 +64,7 @@ DIEN_OPS_DEVICE Chunk<S> load_chunk(const gmem<const S>& from, int64_t i, int co
 }
 
 template <typename S>
-DIEN_OPS_DEVICE void store_chunk(const gmem<S>& to, int64_t i, int count, bool whole, const Compute<S> (&values)[kChunk<S>]) {
-    Chunk<S> chunk;
-#pragma unroll
-    for (int k = 0; k < kChunk<S>; ++k) chunk.v[k] = to_storage<S>(values[k]);
+DIEN_OPS_DEVICE void store_chunk(const gmem<S>& to, int64_t i, int count, bool whole, const Chunk<S>& chunk) {
     if (whole) {
         if (count > 0) to.st_as(i, chunk);
         return;
@@ -76,6 +73,14 @@ DIEN_OPS_DEVICE void store_chunk(const gmem<S>& to, int64_t i, int count, bool w
     for (int k = 0; k < kChunk<S>; ++k) {
         if (k < count) to.st(i + k, chunk.v[k]);
     }
+}
+
+template <typename S>
+DIEN_OPS_DEVICE void store_chunk(const gmem<S>& to, int64_t i, int count, bool whole, const Compute<S> (&values)[kChunk<S>]) {
+    Chunk<S> chunk;
+#pragma unroll
+    for (int k = 0; k < kChunk<S>; ++k) chunk.v[k] = to_storage<S>(values[k]);
+    store_chunk(to, i, count, whole, chunk);
 }
 
 // The sum over the lanes of a row, in an order of its own; each of them has it. All lanes of the warp call.

@@ -192,7 +192,7 @@ template <typename... Numbers>
 void require(bool condition, const char* format, Numbers... numbers) {
     if (condition) return;
     char message[256];
-    std::snprintf(message, sizeof(message), format, static_cast<long long>(numbers)...);
+    std::snprintf(message, sizeof(message), format, static_cast<Printed<Numbers>>(numbers)...);
     host::fail(message);
 }
 
