@@ -145,12 +145,8 @@ struct RuleOfRows<RowwiseAdagradRule<T>> {
     DIEN_OPS_DEVICE T step(const OfRow<T>& of, T g, T (&)[1], bool) const { return of.step_size * g; }
 };
 
-// T: of the numbers. log_beta: what beta^t is computed from.
 template <typename T>
-struct AdamOf {
-    AdamRule rule;
-    double log_beta1, log_beta2;
-};
+struct AdamOf : AdamRule {};  // of numbers in T
 
 template <typename T>
 struct RuleOfRows<AdamOf<T>> {
@@ -162,11 +158,11 @@ struct RuleOfRows<AdamOf<T>> {
         const int64_t step = steps.ld(row) + 1;
         steps.st(row, step);
         const double s = static_cast<double>(step);
-        const AdamRow<T> corrected(rule.rule, -expm1(s * rule.log_beta1), -expm1(s * rule.log_beta2));
+        const AdamRow<T> corrected(rule, -expm1(s * rule.log_beta1), -expm1(s * rule.log_beta2));
         of.step_size = corrected.step_size, of.root_scale = corrected.root_scale;
     }
     DIEN_OPS_DEVICE T step(const OfRow<T>& of, T g, T (&state)[2], bool) const {
-        AdamRow<T> adam(rule.rule, 1, 1);
+        AdamRow<T> adam(rule, 1, 1);
         adam.step_size = of.step_size, adam.root_scale = of.root_scale;
         return adam.step(g, state[0], state[1]);
     }
@@ -355,12 +351,13 @@ void update_rows(Group g, Words all, Options options, RuleOfRows<Rule> rule, gme
                 return words.position_of(segments.words.ld(begin + static_cast<int>(i))) * t.dim + column;
             };
             add_rows(grad, count < kPiece ? count : kPiece, numbers, lanes.whole, position, sum);
-            if (count > kPiece) {
-                const int64_t pieces = divide_up(count < kSuper ? count : kSuper, kPiece), supers = divide_up(count, kSuper);
-                const auto piece = [&](int64_t i) { return t.pieces + (start / kPiece + 1 + i) * t.dim + column; };
-                add_rows(sums, pieces - 1, numbers, lanes.whole, piece, sum);
-                const auto super = [&](int64_t i) { return t.superpieces + (start / kSuper + 1 + i) * t.dim + column; };
-                add_rows(sums, supers - 1, numbers, lanes.whole, super, sum);
+            if (count > kPiece) {  // the pieces of the first kSuper positions, then those sums of pieces that follow
+                const int64_t pieces = divide_up(count < kSuper ? count : kSuper, kPiece) - 1, supers = divide_up(count, kSuper) - 1;
+                const auto part = [&](int64_t i) {
+                    return column + (i < pieces ? t.pieces + (start / kPiece + 1 + i) * t.dim
+                                                : t.superpieces + (start / kSuper + 1 + i - pieces) * t.dim);
+                };
+                add_rows(sums, pieces + supers, numbers, lanes.whole, part, sum);
             }
 #pragma unroll
             for (int n = 0; n < kChunk<S>; ++n) {
@@ -469,7 +466,7 @@ void embedding_update(Stream stream, const EmbeddingCall& call, const DecayRule&
 }
 template <typename S>
 void embedding_update(Stream stream, const EmbeddingCall& call, const DecayRule& decay, const AdamRule& rule) {
-    update<S>(stream, call, decay, AdamOf<Compute<S>>{rule, log(rule.beta1), log(rule.beta2)});
+    update<S>(stream, call, decay, AdamOf<Compute<S>>{rule});
 }
 
 #define DIEN_OPS_INSTANTIATE(S)                                                                                             \

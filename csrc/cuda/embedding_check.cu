@@ -65,10 +65,11 @@ void find_nonfinite(Group g, Words words, bool refuse, gmem<const float> found_i
         for (int pass = 0; pass < t.lanes.passes; ++pass) {
             const int column = t.lanes.column<S>(pass), numbers = t.lanes.count<S>(column);
             for (int64_t r = 0; r < kFiniteRows; r += kAhead) {
+                const auto row_of = [&](int i) { return first + (r + i) * groups; };
                 Chunk<S> loaded[kAhead];
 #pragma unroll
                 for (int i = 0; i < kAhead; ++i) {
-                    const int64_t row = first + (r + i) * groups;
+                    const int64_t row = row_of(i);
                     const bool counted = row < t.batch && of.row(row) != t.rows;
                     loaded[i] = load_chunk(grad, row * t.dim + column, counted ? numbers : 0, t.lanes.whole);
                 }
@@ -79,8 +80,8 @@ void find_nonfinite(Group g, Words words, bool refuse, gmem<const float> found_i
                         const Compute<S> x = to_compute(loaded[i].v[n]);
                         if (x - x == 0) continue;
                         found = 1;
-                        require_of(g, t, !refuse, "table %lld: grad must be finite, got %g at position %lld, column %lld", x,
-                                   first + (r + i) * groups, column + n);
+                        require_of(g, t, !refuse, "table %lld: grad must be finite, got %g at position %lld (id %lld), column %lld",
+                                   x, row_of(i), of.row(row_of(i)), column + n);
                     }
                 }
             }

@@ -4,6 +4,8 @@
 // a device-side assertion, before anything of the caller's is written.
 #include "cuda/embedding.h"
 
+#include <cmath>
+
 #include "ops/cuda_device.h"
 #include "ops/embedding_arguments.h"
 
@@ -101,7 +103,7 @@ void mba_sgd_(const Tensors& weights, const Tensors& momentum_buffers, const Ten
     const EmbeddingArguments a = read_embedding_arguments(weights, ids, grads, counts, padding_idx, seeds, log_decays, grad_scale,
                                                           found_inf, nonfinite, check_ids);
     const DecayRule rule = read_decay_rule(decay, lr, l2, a, decayed, log_decays);
-    if (!momentum_buffers.empty()) a.check_state(momentum_buffers, "momentum_buffer", a.state_dtype());
+    check_momentum_buffers(a, rule, momentum_buffers, momentum);
     run_rule<SgdRule>(a, {{momentum_buffers, {}}, decayed}, rule, lr, momentum);
 }
 
@@ -140,7 +142,7 @@ void mba_adam_(const Tensors& weights, const Tensors& exp_avgs, const Tensors& e
     a.check_state(steps, "step", ScalarType::Long, true);
     run(a, {{exp_avgs, exp_avg_sqs}, steps}, [&](auto zero, void* stream, const EmbeddingCall& call) {
         using S = decltype(zero);
-        cuda::embedding_update<S>(stream, call, rule, AdamRule{lr, beta1, beta2, eps});
+        cuda::embedding_update<S>(stream, call, rule, AdamRule{lr, beta1, beta2, eps, std::log(beta1), std::log(beta2)});
     });
 }
 
