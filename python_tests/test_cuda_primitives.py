@@ -141,8 +141,24 @@ torch.ops.dien_ops_test.require_not_negative(numbers.cuda())
 torch.cuda.synchronize()
 """
     done = run_python(code)
-    assert "numbers must not be negative: got -5 at row 777" in done.stdout.splitlines(), done.stderr
+    message = "numbers must not be negative: got -5, half of it is -2.5, at row 777"
+    assert message in done.stdout.splitlines(), done.stderr
     assert done.returncode and "device-side assert" in done.stderr
+
+
+# Sorting
+
+
+@pytest.mark.parametrize("begin, end", [(0, 64), (17, 40), (3, 4), (0, 9), (60, 64)])
+@pytest.mark.parametrize("n", [0, 1, 2, 700, 200_000])
+def test_words_are_sorted_by_some_of_their_bits(ops, n, begin, end):
+    x = torch.randint(-(2**63), 2**63 - 1, (n,))
+    digits = x >> begin  # with copies of the sign above it
+    if end - begin < 64:
+        digits = digits & (2 ** (end - begin) - 1)
+    else:
+        digits = digits ^ -(2**63)  # as if they had no sign
+    assert torch.equal(ops.sort_words(x, begin, end), x[digits.argsort(stable=True)])
 
 
 # Moving numbers

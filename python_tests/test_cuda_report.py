@@ -108,6 +108,15 @@ def test_an_allowance_needs_a_reason():
     assert source("// spills allowed: 16 bytes") == {}
 
 
+def test_kernels_of_cub_are_shown_by_their_names_and_may_spill():
+    name = cuda_report.short(
+        "void cub::CUB_300001_SM_800_900::detail::radix_sort::DeviceRadixSortOnesweepKernel<cub::CUB_300001_SM_800_900::"
+        "detail::radix::policy_hub<unsigned long>::Policy1000, (cub::CUB_300001_SM_800_900::SortOrder)0>(unsigned long*)"
+    )
+    assert name == "cub::DeviceRadixSortOnesweepKernel"
+    assert cuda_report.excesses([Kernel(name, "sm_80", 40, 16, 16, registers=255)], {}) == []
+
+
 # ------------------------------------------------------------------------------------------------ the kernels' text
 
 
@@ -134,6 +143,11 @@ def test_comments_text_and_restrict_are_no_reach(tmp_path):
     path = tmp_path / "kernel.cu"
     path.write_text('#pragma once\n// asm, #if\n/* __shared__\n<<< */\nlaunch("a <<< b", float* __restrict__ x);\n')
     assert cuda_report.check_source(path) == []
+
+
+def test_the_files_that_may_reach_the_device_are_there():
+    for name in cuda_report.DEVICES_OWN:
+        assert cuda_report.check_source(cuda_report.CUDA / name), f"{name} has nothing of the device's own"
 
 
 @pytest.mark.parametrize("path", cuda_report.kernel_files(), ids=lambda path: path.name)

@@ -18,7 +18,7 @@ from helpers import assert_close, begins_anywhere
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
 
 F64 = torch.float64
-PIECE, SUPER, TILE, TABLES_PER_LAUNCH = 32, 1024, 224, 16  # csrc/cuda/embedding_tables.cuh
+PIECE, SUPER, TILE, TABLES_PER_LAUNCH = 32, 1024, 96, 16  # csrc/cuda/embedding_tables.cuh
 RULES = {  # the numbers that an operator takes behind l2
     "sgd": [0.0],
     "momentum": [0.9],
@@ -179,7 +179,9 @@ def tables_of_all_dims(dtype=torch.float32) -> list[Table]:
     for i, dim in enumerate(DIMS):
         ids = torch.randint(9, (20 + i,))
         counts = torch.randint(1, 9, (9,)).to([torch.int32, torch.int64, torch.float32, F64][i % 4])
-        tables.append(random_table(9, dim, ids.int() if i % 2 else ids, dtype, counts=counts, padding=i % 3 - 1, seed=i))
+        tables.append(
+            random_table(9, dim, ids.int() if i % 2 else ids, dtype, counts=counts, padding=i % 3 - 1, seed=i)
+        )
     return tables
 
 
@@ -270,7 +272,9 @@ def test_one_id_may_fill_the_batch(length):
 @pytest.mark.parametrize("before", [0, 1, PIECE - 1, PIECE, PIECE + 1, TILE - 1, TILE])
 def test_a_long_segment_may_begin_anywhere(before):
     """Behind rows that occur once, and in front of others."""
-    ids = torch.cat([torch.arange(before), torch.full((2 * SUPER + 70,), before), torch.arange(before + 1, before + 40)])
+    ids = torch.cat(
+        [torch.arange(before), torch.full((2 * SUPER + 70,), before), torch.arange(before + 1, before + 40)]
+    )
     assert_sums([exact_table(before + 40, 2, ids[torch.randperm(len(ids))])])
 
 
@@ -413,7 +417,10 @@ def test_found_inf_keeps_every_bit_as_it_was(rule):
 def test_tables_have_more_rows_than_32_bits_count():
     """The keys of what stands behind such a table have more bits, too."""
     rows = 2**40
-    huge = [Table(torch.empty(rows, 0), torch.tensor([rows - 1, 0, 5]), torch.empty(3, 0), states=NO_STATES) for _ in range(2)]
+    huge = [
+        Table(torch.empty(rows, 0), torch.tensor([rows - 1, 0, 5]), torch.empty(3, 0), states=NO_STATES)
+        for _ in range(2)
+    ]
     table = exact_table(50, 3, torch.randint(50, (400,)))
     copy = table.clone()
     update("sgd", [huge[0], copy, huge[1]], lr=1.0, l2=0.0)
@@ -502,4 +509,3 @@ def test_noise_is_neither_of_the_others_in_the_call_nor_of_the_alignment():
     assert_same_bits(updated("adam", [other, table], stochastic=True)[1:], alone)
     table.grad = begins_anywhere(table.grad)
     assert_same_bits(updated("adam", [table], stochastic=True), alone)
-

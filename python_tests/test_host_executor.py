@@ -375,7 +375,7 @@ def test_what_a_kernel_requires_reaches_the_caller(order):
     primitives().require_not_negative(torch.arange(1000))
     numbers = torch.arange(1000)
     numbers[777] = -5
-    message = "numbers must not be negative: got -5 at row 777, thread 9 (block 12)"
+    message = "numbers must not be negative: got -5, half of it is -2.5, at row 777, thread 9 (block 12)"
     with pytest.raises(RuntimeError, match=re.escape(message)):
         primitives().require_not_negative(numbers)
     primitives().require_not_negative(torch.arange(1000))

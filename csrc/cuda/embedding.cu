@@ -3,8 +3,8 @@
 // Adagrad and Adam; of all tables of a call at once. Contracts: embedding.h.
 //
 // Bound by memory: every gradient row is read once, every row of weight and state that the batch names read and written once.
-// With U distinct ids of N that is (N + 2 U (1 + states)) D numbers over the bandwidth, 3.35 TB/s on an H100: 51,200 Zipf ids on
-// rows of 64 floats are some 25 MB, 7 us, of which the host sees nothing: how many ids are distinct is known on the device
+// With U distinct ids of N that is (N + 2 U (1 + states)) D numbers over the bandwidth, 3.35 TB/s on an H100: 51,200 Zipf ids
+// on rows of 64 floats are some 25 MB, 7 us, of which the host sees nothing: how many ids are distinct is known on the device
 // alone, and launches are sized for N. At such sizes it is latency that counts: few launches, no chain of loads without need.
 //
 //   1. A thread for each position checks id and count and makes a word: a key above the position's number. The tables of a call
@@ -62,7 +62,8 @@ DIEN_OPS_DEVICE int64_t window_of_group(const Group& g, int k, const RowLanes& l
 
 // A group of lanes for each window: the sum of the piece that begins there.
 template <typename S>
-DIEN_OPS_KERNEL(kThreads) void sum_pieces(Group g, Words all, gmem<Compute<S>> sums) {
+DIEN_OPS_KERNEL(kThreads)
+void sum_pieces(Group g, Words all, gmem<Compute<S>> sums) {
     using T = Compute<S>;
     const int k = g.table();
     const Table& t = g.tables[k];
@@ -74,14 +75,15 @@ DIEN_OPS_KERNEL(kThreads) void sum_pieces(Group g, Words all, gmem<Compute<S>> s
         const int column = t.lanes.column<S>(pass), numbers = t.lanes.count<S>(column);
         const auto at = [&](int64_t i) { return words.position_of(words.words.ld(piece.first + i)) * t.dim + column; };
         T sum[kChunk<T>] = {};
-        add_rows(grad, piece.count, numbers, t.lanes.whole, at, sum);
+        add_rows(grad, 0, piece.count, numbers, t.lanes.whole, at, sum);
         store_chunk(sums, t.pieces + window * t.dim + column, numbers, t.lanes.whole, sum);
     }
 }
 
 // A group of lanes for each window of kSuper positions: the sum of the pieces of what begins there.
 template <typename T>
-DIEN_OPS_KERNEL(kThreads) void join_pieces(Group g, Words all, gmem<T> sums) {
+DIEN_OPS_KERNEL(kThreads)
+void join_pieces(Group g, Words all, gmem<T> sums) {
     const int k = g.table();
     const Table& t = g.tables[k];
     const TableWords words(all, t);
@@ -92,7 +94,7 @@ DIEN_OPS_KERNEL(kThreads) void join_pieces(Group g, Words all, gmem<T> sums) {
         const int column = t.lanes.column<T>(pass), numbers = t.lanes.count<T>(column);
         const auto at = [&](int64_t i) { return t.pieces + (part.first / kPiece + i) * t.dim + column; };
         T sum[kChunk<T>] = {};
-        add_rows(pieces, divide_up(part.count, kPiece), numbers, t.lanes.whole, at, sum);
+        add_rows(pieces, 0, divide_up(part.count, kPiece), numbers, t.lanes.whole, at, sum);
         store_chunk(sums, t.superpieces + window * t.dim + column, numbers, t.lanes.whole, sum);
     }
 }
@@ -202,6 +204,8 @@ DIEN_OPS_DEVICE Chunk<S> with_noise(const float (&values)[4], uint64_t seed, int
 
 // -------------------------------------------------------------------------------------------------------------- the update
 
+constexpr int kMostlyAll = 4;  // rows of a segment that are loaded at once, in any case
+
 struct Options {
     DecayRule decay;
     bool stochastic;
@@ -230,9 +234,7 @@ struct Segments {
           step_size(arena.take<T>(kTile, "step_size")),
           root_scale(arena.take<T>(kTile, "root_scale")) {}
 
-    DIEN_OPS_DEVICE OfRow<T> of_row(int s) const {
-        return {{coupled.ld(s), kept.ld(s)}, step_size.ld(s), root_scale.ld(s)};
-    }
+    DIEN_OPS_DEVICE OfRow<T> of_row(int s) const { return {{coupled.ld(s), kept.ld(s)}, step_size.ld(s), root_scale.ld(s)}; }
     DIEN_OPS_DEVICE void set(int s, const OfRow<T>& of) const {
         coupled.st(s, of.decay.coupled), kept.st(s, of.decay.kept);
         step_size.st(s, of.step_size), root_scale.st(s, of.root_scale);
@@ -282,8 +284,8 @@ DIEN_OPS_DEVICE void prepare_row(const TableWords& words, const Table& t, int64_
     const int s = thread_index();
     const int begin = segments.begins.ld(s);
     const int64_t row = words.row_of(segments.words.ld(begin));
-    const int64_t count = s + 1 < found.all ? segments.begins.ld(s + 1) - begin
-                                            : words.first_of(row + 1, tile + begin, t.batch) - (tile + begin);
+    const int64_t count =
+        s + 1 < found.all ? segments.begins.ld(s + 1) - begin : words.first_of(row + 1, tile + begin, t.batch) - (tile + begin);
     segments.counts.st(s, count);
     double decayed = 0;
     if (options.decay.mode == Decay::lazy) {
@@ -296,6 +298,13 @@ DIEN_OPS_DEVICE void prepare_row(const TableWords& words, const Table& t, int64_
     segments.set(s, of);
 }
 
+// The blocks for which a multiprocessor is to have registers: the bound of the kernel's threads says so, though its own are
+// fewer. Of one more, some numbers would not stay in them.
+template <typename S, typename Rule>
+constexpr int kBlocksAtOnce = sizeof(S) == 8                   ? 4
+                              : RuleOfRows<Rule>::kStates == 2 ? 5
+                                                               : 6;
+
 // A group of lanes' share of a row.
 template <typename S, int kStates>
 struct Share {
@@ -303,7 +312,7 @@ struct Share {
 };
 
 template <typename S, typename Rule>
-DIEN_OPS_KERNEL(kThreads)
+DIEN_OPS_KERNEL((kBlocksAtOnce<S, Rule>)*kThreads)
 void update_rows(Group g, Words all, Options options, RuleOfRows<Rule> rule, gmem<const Compute<S>> sums) {
     using T = Compute<S>;
     constexpr int kStates = RuleOfRows<Rule>::kStates;
@@ -350,14 +359,17 @@ void update_rows(Group g, Words all, Options options, RuleOfRows<Rule> rule, gme
             const auto position = [&](int64_t i) {
                 return words.position_of(segments.words.ld(begin + static_cast<int>(i))) * t.dim + column;
             };
-            add_rows(grad, count < kPiece ? count : kPiece, numbers, lanes.whole, position, sum);
+            const int64_t alone = count < kPiece ? count : kPiece;
+            add_some_rows<kMostlyAll>(grad, 0, alone, numbers, lanes.whole, position, sum);
+            add_rows(grad, kMostlyAll, alone, numbers, lanes.whole, position, sum);
             if (count > kPiece) {  // the pieces of the first kSuper positions, then those sums of pieces that follow
-                const int64_t pieces = divide_up(count < kSuper ? count : kSuper, kPiece) - 1, supers = divide_up(count, kSuper) - 1;
+                const int64_t pieces = divide_up(count < kSuper ? count : kSuper, kPiece) - 1,
+                              supers = divide_up(count, kSuper) - 1;
                 const auto part = [&](int64_t i) {
                     return column + (i < pieces ? t.pieces + (start / kPiece + 1 + i) * t.dim
                                                 : t.superpieces + (start / kSuper + 1 + i - pieces) * t.dim);
                 };
-                add_rows(sums, pieces + supers, numbers, lanes.whole, part, sum);
+                add_rows(sums, 0, pieces + supers, numbers, lanes.whole, part, sum);
             }
 #pragma unroll
             for (int n = 0; n < kChunk<S>; ++n) {
@@ -469,8 +481,8 @@ void embedding_update(Stream stream, const EmbeddingCall& call, const DecayRule&
     update<S>(stream, call, decay, AdamOf<Compute<S>>{rule});
 }
 
-#define DIEN_OPS_INSTANTIATE(S)                                                                                             \
-    template EmbeddingSizes embedding_sizes<S>(const EmbeddingCall&); \
+#define DIEN_OPS_INSTANTIATE(S)                                                                                               \
+    template EmbeddingSizes embedding_sizes<S>(const EmbeddingCall&);                                                         \
     template void embedding_update<S>(Stream, const EmbeddingCall&, const DecayRule&, const SgdRule<Compute<S>>&);            \
     template void embedding_update<S>(Stream, const EmbeddingCall&, const DecayRule&, const AdagradRule<Compute<S>>&);        \
     template void embedding_update<S>(Stream, const EmbeddingCall&, const DecayRule&, const RowwiseAdagradRule<Compute<S>>&); \

@@ -46,10 +46,10 @@ struct EmbeddingSizes {
 struct EmbeddingCall {
     const EmbeddingTable* tables;
     int64_t count;
-    bool check_ids;         // an id outside of 0..rows-1 is an error, else it is left out
-    bool refuse_nonfinite;  // a gradient that is NaN or infinite is an error; but not those of rows that are left out
-    bool skip_nonfinite;    // a table with such a gradient stays as it is
-    bool stochastic;        // 16-bit weights are rounded with noise
+    bool check_ids;           // an id outside of 0..rows-1 is an error, else it is left out
+    bool refuse_nonfinite;    // a gradient that is NaN or infinite is an error; but not those of rows that are left out
+    bool skip_nonfinite;      // a table with such a gradient stays as it is
+    bool stochastic;          // 16-bit weights are rounded with noise
     const float* grad_scale;  // [1] or null: gradients are divided by it
     const float* found_inf;   // [1] or null: where it is not 0 no table changes, and no gradient is refused
 

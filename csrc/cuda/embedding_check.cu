@@ -80,8 +80,9 @@ void find_nonfinite(Group g, Words words, bool refuse, gmem<const float> found_i
                         const Compute<S> x = to_compute(loaded[i].v[n]);
                         if (x - x == 0) continue;
                         found = 1;
-                        require_of(g, t, !refuse, "table %lld: grad must be finite, got %g at position %lld (id %lld), column %lld",
-                                   x, row_of(i), of.row(row_of(i)), column + n);
+                        require_of(g, t, !refuse,
+                                   "table %lld: grad must be finite, got %g at position %lld (id %lld), column %lld", x,
+                                   row_of(i), of.row(row_of(i)), column + n);
                     }
                 }
             }

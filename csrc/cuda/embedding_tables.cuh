@@ -10,12 +10,12 @@
 namespace dien_ops::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kTablesPerLaunch = 16;
-constexpr int64_t kPiece = 32;                // rows of a long segment that are summed as one
-constexpr int64_t kSuper = kPiece * kPiece;   // and of a very long one, as pieces
-constexpr int kTile = kThreads - kPiece;      // positions of a block in the update
-constexpr int64_t kFiniteRows = 16;           // of each group of lanes, when gradients are looked through
+constexpr int64_t kPiece = 32;               // rows of a long segment that are summed as one
+constexpr int64_t kSuper = kPiece * kPiece;  // and of a very long one, as pieces
+constexpr int kTile = kThreads - kPiece;     // positions of a block in the update
+constexpr int64_t kFiniteRows = 16;          // of each group of lanes, when gradients are looked through
 
 // A table, and where its share of everything begins.
 struct Table : EmbeddingTable {
@@ -81,25 +81,32 @@ struct TableWords {
     }
 };
 
-// Adds `count` rows of D numbers to the sums of the lane's chunk, one after the other, many of them under way at once.
-// at(i): where the chunk lies in row i; numbers: how many of it there are, 0 for a lane that only keeps company.
-template <typename S, typename At>
-DIEN_OPS_DEVICE void add_rows(const gmem<const S>& from, int64_t count, int numbers, bool whole, const At& at,
-                              Compute<S> (&sum)[kChunk<S>]) {
-    constexpr int kAhead = 64 / sizeof(Chunk<S>);
-    for (int64_t first = 0; first < count; first += kAhead) {
-        Chunk<S> loaded[kAhead];
+// Adds the rows i of first..count-1, kAhead at most, to the sums of the lane's chunk, one after the other; all of them are
+// under way at once. at(i): where the chunk lies in row i; numbers: how many of it there are, 0 for a lane that only keeps
+// company.
+template <int kAhead, typename S, typename At>
+DIEN_OPS_DEVICE void add_some_rows(const gmem<const S>& from, int64_t first, int64_t count, int numbers, bool whole,
+                                   const At& at, Compute<S> (&sum)[kChunk<S>]) {
+    Chunk<S> loaded[kAhead];
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            const bool present = first + i < count;
-            loaded[i] = load_chunk(from, present ? at(first + i) : 0, present ? numbers : 0, whole);
-        }
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-#pragma unroll
-            for (int k = 0; k < kChunk<S>; ++k) sum[k] += to_compute(loaded[i].v[k]);
-        }
+    for (int i = 0; i < kAhead; ++i) {
+        const bool present = first + i < count;
+        loaded[i] = load_chunk(from, present ? at(first + i) : 0, present ? numbers : 0, whole);
     }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+        for (int k = 0; k < kChunk<S>; ++k) sum[k] += to_compute(loaded[i].v[k]);
+    }
+}
+
+// The same with any number of rows, from `first` on.
+template <typename S, typename At>
+DIEN_OPS_DEVICE void add_rows(const gmem<const S>& from, int64_t first, int64_t count, int numbers, bool whole, const At& at,
+                              Compute<S> (&sum)[kChunk<S>]) {
+    constexpr int kAhead = 8;
+#pragma unroll 1
+    for (; first < count; first += kAhead) add_some_rows<kAhead>(from, first, count, numbers, whole, at, sum);
 }
 
 template <typename T>
@@ -168,8 +175,8 @@ Tables place_tables(const EmbeddingCall& call) {
     }
     all.position_bits = bits_for(positions), all.key_bits = bits_for(keys < 2 ? 2 : keys);
     if (all.position_bits + all.key_bits > 64) {
-        throw std::runtime_error("a call must not have more than 2^64 rows times positions, got " + std::to_string(keys) + " and " +
-                                 std::to_string(positions));
+        throw std::runtime_error("a call must not have more than 2^64 rows times positions, got " + std::to_string(keys) +
+                                 " and " + std::to_string(positions));
     }
     all.sizes.words = positions;
     return all;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a kernel is made of: indices, global and shared memory, barriers, shuffles, asynchronous copies, number formats and
-// matrix units. A kernel file uses nothing of CUDA but what stands here and in launch.cuh, so that one source builds twice:
+// matrix units. A kernel file uses nothing of CUDA but what stands here and in launch.cuh (and sort.h), so that one source
+// builds twice:
 //
 //   by nvcc                 for the GPU. Each primitive is one instruction, and a view a bare pointer.
 //   by a C++20 compiler,    for the host executor (cuda/host/), which runs the kernels on the CPU, for tests, and checks every
@@ -15,7 +16,7 @@
 // - Operands of matrix units are rounded explicitly.
 //
 // Every access and collective ends in a Site, its place in the source, which nobody passes except helpers that stand for their
-// caller. #ifdef stands in this file and in launch.cuh only, inline PTX only here; bodies for the executor:
+// caller. #ifdef stands in this file, in launch.cuh and in sort.cu only, inline PTX only here; bodies for the executor:
 // host/primitives_host.h.
 #pragma once
 
@@ -161,9 +162,9 @@ DIEN_OPS_DEVICE void copy_async_commit(Site site = {});
 template <int N>
 DIEN_OPS_DEVICE void copy_async_wait(Site site = {});
 
-// Ends the launch where condition does not hold, with an error that carries the message: printf's format, an integer for each of
-// its %lld and a floating-point number for each %g. On the device the message goes to stdout and the context is lost, as with
-// assert, but in every build.
+// Ends the launch where condition does not hold, with an error that carries the message: printf's format, an integer for each
+// of its %lld and a floating-point number for each %g. On the device the message goes to stdout and the context is lost, as
+// with assert, but in every build.
 template <typename... Numbers>
 DIEN_OPS_DEVICE void require(bool condition, const char* format, Numbers... numbers);
 

@@ -19,8 +19,7 @@ namespace dien_ops::cuda {
 
 int64_t sort_workspace(int64_t n, int, int) { return n > 0 ? 1 : 0; }
 
-uint64_t* sort_words(Stream, uint64_t* words, uint64_t* other, int64_t n, int begin_bit, int end_bit, void*,
-                     int64_t) {
+uint64_t* sort_words(Stream, uint64_t* words, uint64_t* other, int64_t n, int begin_bit, int end_bit, void*, int64_t) {
     const uint64_t mask = end_bit - begin_bit < 64 ? (uint64_t{1} << (end_bit - begin_bit)) - 1 : ~uint64_t{0};
     std::copy(words, words + n, other);
     std::fill(words, words + n, ~uint64_t{0});  // nobody may count on it

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The embedding column between torch and the CUDA kernels: allocation, the order of launches. Nothing here waits for the device
-// or reads its memory, so a call can be captured in a CUDA graph; memory is torch's. What is wrong with the values of a tensor is
-// a device-side assertion, before anything of the caller's is written.
+// or reads its memory, so a call can be captured in a CUDA graph; memory is torch's. What is wrong with the values of a tensor
+// is a device-side assertion, before anything of the caller's is written.
 #include "cuda/embedding.h"
 
 #include <cmath>
@@ -98,10 +98,10 @@ void run_rule(const EmbeddingArguments& a, const States& states, const DecayRule
 void mba_sgd_(const Tensors& weights, const Tensors& momentum_buffers, const Tensors& decayed, const Tensors& ids,
               const Tensors& grads, const Tensors& counts, const std::vector<int64_t>& padding_idx,
               const std::vector<int64_t>& seeds, const std::vector<double>& log_decays, const OptionalTensor& grad_scale,
-              const OptionalTensor& found_inf, const std::string& decay, const std::string& nonfinite, bool check_ids, double lr,
-              double l2, double momentum) {
-    const EmbeddingArguments a = read_embedding_arguments(weights, ids, grads, counts, padding_idx, seeds, log_decays, grad_scale,
-                                                          found_inf, nonfinite, check_ids);
+              const OptionalTensor& found_inf, const std::string& decay, const std::string& nonfinite, bool check_ids,
+              double lr, double l2, double momentum) {
+    const EmbeddingArguments a = read_embedding_arguments(weights, ids, grads, counts, padding_idx, seeds, log_decays,
+                                                          grad_scale, found_inf, nonfinite, check_ids);
     const DecayRule rule = read_decay_rule(decay, lr, l2, a, decayed, log_decays);
     check_momentum_buffers(a, rule, momentum_buffers, momentum);
     run_rule<SgdRule>(a, {{momentum_buffers, {}}, decayed}, rule, lr, momentum);
@@ -111,8 +111,8 @@ void mba_adagrad_(const Tensors& weights, const Tensors& state_sums, const Tenso
                   const Tensors& counts, const std::vector<int64_t>& padding_idx, const std::vector<int64_t>& seeds,
                   const OptionalTensor& grad_scale, const OptionalTensor& found_inf, const std::string& decay,
                   const std::string& nonfinite, bool check_ids, double lr, double l2, double eps) {
-    const EmbeddingArguments a =
-        read_embedding_arguments(weights, ids, grads, counts, padding_idx, seeds, {}, grad_scale, found_inf, nonfinite, check_ids);
+    const EmbeddingArguments a = read_embedding_arguments(weights, ids, grads, counts, padding_idx, seeds, {}, grad_scale,
+                                                          found_inf, nonfinite, check_ids);
     const DecayRule rule = read_decay_rule(decay, lr, l2, a);
     a.check_state(state_sums, "state_sum", a.state_dtype());
     run_rule<AdagradRule>(a, {{state_sums, {}}, {}}, rule, lr, eps);
@@ -122,8 +122,8 @@ void mba_rowwise_adagrad_(const Tensors& weights, const Tensors& state_sums, con
                           const Tensors& counts, const std::vector<int64_t>& padding_idx, const std::vector<int64_t>& seeds,
                           const OptionalTensor& grad_scale, const OptionalTensor& found_inf, const std::string& decay,
                           const std::string& nonfinite, bool check_ids, double lr, double l2, double eps) {
-    const EmbeddingArguments a =
-        read_embedding_arguments(weights, ids, grads, counts, padding_idx, seeds, {}, grad_scale, found_inf, nonfinite, check_ids);
+    const EmbeddingArguments a = read_embedding_arguments(weights, ids, grads, counts, padding_idx, seeds, {}, grad_scale,
+                                                          found_inf, nonfinite, check_ids);
     const DecayRule rule = read_decay_rule(decay, lr, l2, a);
     a.check_state(state_sums, "state_sum", a.state_dtype(), true);
     run_rule<RowwiseAdagradRule>(a, {{{}, {}}, state_sums}, rule, lr, eps);
@@ -134,8 +134,8 @@ void mba_adam_(const Tensors& weights, const Tensors& exp_avgs, const Tensors& e
                const std::vector<int64_t>& seeds, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
                const std::string& decay, const std::string& nonfinite, bool check_ids, double lr, double l2, double beta1,
                double beta2, double eps) {
-    const EmbeddingArguments a =
-        read_embedding_arguments(weights, ids, grads, counts, padding_idx, seeds, {}, grad_scale, found_inf, nonfinite, check_ids);
+    const EmbeddingArguments a = read_embedding_arguments(weights, ids, grads, counts, padding_idx, seeds, {}, grad_scale,
+                                                          found_inf, nonfinite, check_ids);
     const DecayRule rule = read_decay_rule(decay, lr, l2, a);
     a.check_state(exp_avgs, "exp_avg", a.state_dtype());
     a.check_state(exp_avg_sqs, "exp_avg_sq", a.state_dtype());

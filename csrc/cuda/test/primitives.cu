@@ -145,10 +145,12 @@ struct ToStorage {
     DIEN_OPS_DEVICE S operator()(float x, float) const { return cuda::to_storage<S>(x); }
 };
 
-// stack allowed: 16 bytes (the message of require)
+// stack allowed: 24 bytes (the message of require)
 DIEN_OPS_KERNEL(kElementThreads) void require_not_negative_kernel(gmem<const int64_t> in) {
     const int64_t i = block_index() * block_threads() + thread_index();
-    if (i < in.n) require(in.ld(i) >= 0, "numbers must not be negative: got %lld at row %lld", in.ld(i), i);
+    if (i >= in.n) return;
+    const int64_t x = in.ld(i);
+    require(x >= 0, "numbers must not be negative: got %lld, half of it is %g, at row %lld", x, double(x) / 2, i);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <map>
 #include <string>
 
+#include "cuda/sort.h"
 #include "cuda/test/primitives.h"
 #include "ops/cuda_device.h"
 
@@ -167,6 +168,21 @@ void require_not_negative(const Tensor& x) {
     test::require_not_negative(pointer<int64_t>(in), in.numel(), CudaDevice(x).stream());
 }
 
+// x, int64 as uint64, sorted by some of its bits.
+Tensor sort_words(const Tensor& x, int64_t begin_bit, int64_t end_bit) {
+    const CudaDevice device(x);
+    const Tensor in = checked(x, "x", sizes_of(x), ScalarType::Long, x.device());
+    const Tensor words = torch::stable::clone(in), other = zeros(device, sizes_of(x), ScalarType::Long);
+    const int begin = static_cast<int>(begin_bit), end = static_cast<int>(end_bit);
+    const int64_t n = in.numel(), bytes = cuda::sort_workspace(n, begin, end);
+    const Tensor workspace = device.empty({bytes}, ScalarType::Byte);
+    const auto data = [](const Tensor& t) { return mutable_pointer<uint64_t>(t); };
+    return cuda::sort_words(device.stream(), data(words), data(other), n, begin, end, workspace.mutable_data_ptr(), bytes) ==
+                   data(words)
+               ? words
+               : other;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(dien_ops_test, m) {
@@ -182,6 +198,7 @@ STABLE_TORCH_LIBRARY(dien_ops_test, m) {
     m.def("to_compute(Tensor x) -> Tensor");
     m.def("to_storage(Tensor x, bool to_bfloat16) -> Tensor");
     m.def("require_not_negative(Tensor x) -> ()");
+    m.def("sort_words(Tensor x, int begin_bit, int end_bit) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dien_ops_test, DIEN_OPS_CUDA_KEY, m) {
@@ -197,6 +214,7 @@ STABLE_TORCH_LIBRARY_IMPL(dien_ops_test, DIEN_OPS_CUDA_KEY, m) {
     m.impl("to_compute", TORCH_BOX(&to_compute));
     m.impl("to_storage", TORCH_BOX(&to_storage));
     m.impl("require_not_negative", TORCH_BOX(&require_not_negative));
+    m.impl("sort_words", TORCH_BOX(&sort_words));
 }
 
 }  // namespace dien_ops::ops
