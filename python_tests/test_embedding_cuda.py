@@ -302,6 +302,12 @@ def test_positions_that_are_left_out_may_be_most_of_a_batch():
     assert_sums(tables, check_ids=False)
 
 
+def test_rows_that_are_left_out_need_no_count():
+    counts = torch.tensor([1.0, 0.0, math.nan, -1.0])  # padding, and rows that the batch does not name
+    t = random_table(4, 3, [0, 1, 0, 9, -7], F64, counts=counts, padding=1)
+    assert_by_hand("adam", [t], check_ids=False)
+
+
 @pytest.mark.parametrize("decay", ["mini_batch_aware", "decoupled"])
 @pytest.mark.parametrize("rule", RULES)
 def test_long_segments_are_updated_by_every_rule(rule, decay):
@@ -440,11 +446,11 @@ def test_a_table_has_more_numbers_than_32_bits_count():
     except RuntimeError as error:
         pytest.skip(f"needs 9 GB of addresses: {error}")
     last = torch.arange(rows - 3, rows)
-    weight[last] = 0
+    weight[last] = 5
     grad = torch.randint(-8, 9, (7, dim)).bfloat16()
     ids = torch.tensor([rows - 1, rows - 2, rows - 1, rows - 3, rows - 1, rows - 2, rows - 1])
     update("sgd", [Table(weight, ids, grad, states=NO_STATES)], lr=1.0, l2=0.0)
-    expected = torch.zeros(3, dim).index_add(0, ids - (rows - 3), -grad.float())
+    expected = torch.full((3, dim), 5.0).index_add(0, ids - (rows - 3), -grad.float())
     assert torch.equal(weight[last].float(), expected)
 
 

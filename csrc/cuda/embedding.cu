@@ -253,8 +253,8 @@ DIEN_OPS_DEVICE Found find_segments(const TableWords& from, const Table& t, int6
     const int64_t i = tile + thread_index();
     const uint64_t word = i < t.batch ? from.words.ld(i) : 0;
     const int64_t row = i < t.batch ? from.row_of(word) : -1;
-    const bool begins = i <= t.batch && (i == 0 || from.row(i - 1) != row);  // what ends the last one, too
-    const bool mine = begins && row >= 0 && row < t.rows && thread_index() < kTile;
+    const bool begins = i < t.batch && (i == 0 || from.row(i - 1) != row);
+    const bool mine = begins && row < t.rows && thread_index() < kTile;
     to.words.st(thread_index(), word);
     // Both counts in one number: of the lanes before this one, and of the warp.
     const int one = (begins ? 1 : 0) + (mine ? 1 << 16 : 0);

@@ -24,7 +24,7 @@ DIEN_OPS_DEVICE int64_t read_id(const Table& t, int64_t i) {
 // ------------------------------------------------------------------------------------------------------- ids and counts
 
 // A thread for each position: its word, not yet sorted.
-// stack allowed: 40 bytes (the messages of require)
+// stack allowed: 64 bytes (the messages of require)
 DIEN_OPS_KERNEL(kThreads) void make_words(Group g, Words words, bool check_ids) {
     const int k = g.table();
     const Table& t = g.tables[k];
@@ -46,12 +46,26 @@ DIEN_OPS_KERNEL(kThreads) void make_words(Group g, Words words, bool check_ids) 
 
 // ------------------------------------------------------------------------------------------------------------ gradients
 
-// A group of lanes goes through kFiniteRows rows. refuse: what is not finite is an error; else the block says in flags whether
-// it has met any.
-// stack allowed: 40 bytes (the messages of require)
+// Whether one of the block's threads has found what it looked for; thread 0 knows. All threads call.
+DIEN_OPS_DEVICE bool found_in_block(bool found) {
+    Arena arena;
+    const view<int> of_warps = arena.take<int>(kThreads / kWarp, "found by warps");
+    int any = warp_max(found ? 1 : 0);
+    if (lane_index() == 0) of_warps.st(warp_index(), any);
+    sync_block();
+    if (thread_index() != 0) return false;
+    for (int warp = 1; warp < kThreads / kWarp; ++warp) any |= of_warps.ld(warp);
+    return any != 0;
+}
+
+const int64_t kFoundBytes = arena_bytes<int>(kThreads / kWarp);
+
+// A group of lanes goes through kFiniteRows rows. With flags, the block says there whether it has met a number that is not
+// finite; without, such a number is an error, if nothing says that no table will change.
+// stack allowed: 48 bytes (the message of require)
 template <typename S>
 DIEN_OPS_KERNEL(kThreads)
-void find_nonfinite(Group g, Words words, bool refuse, gmem<const float> found_inf, gmem<int32_t> flags) {
+void find_nonfinite(Group g, Words words, gmem<const float> found_inf, gmem<int32_t> flags) {
     constexpr int kAhead = 64 / sizeof(Chunk<S>);
     const int k = g.table();
     const Table& t = g.tables[k];
@@ -59,59 +73,47 @@ void find_nonfinite(Group g, Words words, bool refuse, gmem<const float> found_i
     const gmem<const S> grad = gradient_of<S>(t);
     const int64_t block = block_index() - g.first_block[k];
     const int groups = t.lanes.groups();
-    const int64_t first = block * groups * kFiniteRows + t.lanes.group();
-    int found = 0;
-    if (!refuse || !found_inf || found_inf.ld(0) == 0) {
+    int64_t first = block * groups * kFiniteRows + t.lanes.group();
+    int64_t found = -1;  // the position, the column and the value that the thread has found first
+    int found_column = 0;
+    Compute<S> value = 0;
+    for (int64_t r = 0; r < kFiniteRows; r += kAhead, first += kAhead * groups) {
         for (int pass = 0; pass < t.lanes.passes; ++pass) {
             const int column = t.lanes.column<S>(pass), numbers = t.lanes.count<S>(column);
-            for (int64_t r = 0; r < kFiniteRows; r += kAhead) {
-                const auto row_of = [&](int i) { return first + (r + i) * groups; };
-                Chunk<S> loaded[kAhead];
+            Chunk<S> loaded[kAhead];
 #pragma unroll
-                for (int i = 0; i < kAhead; ++i) {
-                    const int64_t row = row_of(i);
-                    const bool counted = row < t.batch && of.row(row) != t.rows;
-                    loaded[i] = load_chunk(grad, row * t.dim + column, counted ? numbers : 0, t.lanes.whole);
-                }
+            for (int i = 0; i < kAhead; ++i) {
+                const int64_t position = first + i * groups;
+                const bool counted = position < t.batch && of.row(position) != t.rows;
+                loaded[i] = load_chunk(grad, position * t.dim + column, counted ? numbers : 0, t.lanes.whole);
+            }
 #pragma unroll
-                for (int i = 0; i < kAhead; ++i) {
+            for (int i = 0; i < kAhead; ++i) {
 #pragma unroll
-                    for (int n = 0; n < kChunk<S>; ++n) {
-                        const Compute<S> x = to_compute(loaded[i].v[n]);
-                        if (x - x == 0) continue;
-                        found = 1;
-                        require_of(g, t, !refuse,
-                                   "table %lld: grad must be finite, got %g at position %lld (id %lld), column %lld", x,
-                                   row_of(i), of.row(row_of(i)), column + n);
-                    }
+                for (int n = 0; n < kChunk<S>; ++n) {
+                    const Compute<S> x = to_compute(loaded[i].v[n]);
+                    if (x - x == 0 || found >= 0) continue;
+                    found = first + i * groups, found_column = column + n, value = x;
                 }
             }
         }
     }
-    if (!flags) return;
-    Arena arena;
-    const view<int> of_warps = arena.take<int>(kThreads / kWarp, "found by warps");
-    found = warp_max(found);
-    if (lane_index() == 0) of_warps.st(warp_index(), found);
-    sync_block();
-    if (thread_index() != 0) return;
-    for (int warp = 1; warp < kThreads / kWarp; ++warp) found |= of_warps.ld(warp);
-    flags.st(t.flags + block, found);
+    if (flags) {
+        const bool any = found_in_block(found >= 0);
+        if (thread_index() == 0) flags.st(t.flags + block, any ? 1 : 0);
+    } else if (found >= 0 && (!found_inf || found_inf.ld(0) == 0)) {
+        require_of(g, t, false, "table %lld: grad must be finite, got %g at position %lld (id %lld), column %lld", value, found,
+                   of.row(found), found_column);
+    }
 }
 
 // flags[number of the table] = whether one of its blocks has met a number that is not finite. A block for each table.
 DIEN_OPS_KERNEL(kThreads) void join_flags(Group g, gmem<int32_t> flags) {
     const Table& t = g.tables[g.table()];
-    Arena arena;
-    const view<int> of_warps = arena.take<int>(kThreads / kWarp, "found by warps");
-    int found = 0;
-    for (int64_t i = thread_index(); i < t.flag_count; i += kThreads) found |= flags.ld(t.flags + i);
-    found = warp_max(found);
-    if (lane_index() == 0) of_warps.st(warp_index(), found);
-    sync_block();
-    if (thread_index() != 0) return;
-    for (int warp = 1; warp < kThreads / kWarp; ++warp) found |= of_warps.ld(warp);
-    flags.st(t.number, found);
+    bool found = false;
+    for (int64_t i = thread_index(); i < t.flag_count; i += kThreads) found |= flags.ld(t.flags + i) != 0;
+    found = found_in_block(found);
+    if (thread_index() == 0) flags.st(t.number, found ? 1 : 0);
 }
 
 }  // namespace
@@ -120,7 +122,6 @@ template <typename S>
 void embedding_check(Stream stream, const EmbeddingCall& call) {
     const Tables all = place_tables<S>(call);
     const Words words = {{call.words[0], all.sizes.words, "words"}, all.position_bits};
-    const int64_t warps_bytes = arena_bytes<int>(kThreads / kWarp);
     for_groups(
         all.tables, [](const Table& t) { return divide_up<int64_t>(t.batch, kThreads); },
         [&](const Group& g, int64_t blocks) {
@@ -132,14 +133,14 @@ void embedding_check(Stream stream, const EmbeddingCall& call) {
     for_groups(
         all.tables, [](const Table& t) { return t.flag_count; },
         [&](const Group& g, int64_t blocks) {
-            launch("embedding_find_nonfinite", find_nonfinite<S>, {blocks, 1, 1, kThreads, warps_bytes}, stream, g, words,
-                   call.refuse_nonfinite, found_inf, flags);
+            launch("embedding_find_nonfinite", find_nonfinite<S>, {blocks, 1, 1, kThreads, kFoundBytes}, stream, g, words,
+                   found_inf, flags);
         });
     if (!call.skip_nonfinite) return;
     for_groups(
         all.tables, [](const Table&) { return 1; },
         [&](const Group& g, int64_t blocks) {
-            launch("embedding_join_flags", join_flags, {blocks, 1, 1, kThreads, warps_bytes}, stream, g, flags);
+            launch("embedding_join_flags", join_flags, {blocks, 1, 1, kThreads, kFoundBytes}, stream, g, flags);
         });
 }
 

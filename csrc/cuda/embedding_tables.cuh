@@ -42,6 +42,8 @@ struct Group {
     }
 };
 
+static_assert(sizeof(Group) <= 3584);  // a kernel's parameters are 4 KB at most
+
 // A word for each position of the call: key << bits | position.
 struct Words {
     gmem<uint64_t> words;
