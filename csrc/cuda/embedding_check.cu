@@ -46,19 +46,15 @@ DIEN_OPS_KERNEL(kThreads) void make_words(Group g, Words words, bool check_ids) 
 
 // ------------------------------------------------------------------------------------------------------------ gradients
 
-// Whether one of the block's threads has found what it looked for; thread 0 knows. All threads call.
-DIEN_OPS_DEVICE bool found_in_block(bool found) {
-    Arena arena;
-    const view<int> of_warps = arena.take<int>(kThreads / kWarp, "found by warps");
-    int any = warp_max(found ? 1 : 0);
-    if (lane_index() == 0) of_warps.st(warp_index(), any);
-    sync_block();
-    if (thread_index() != 0) return false;
-    for (int warp = 1; warp < kThreads / kWarp; ++warp) any |= of_warps.ld(warp);
-    return any != 0;
-}
+// Whether somebody has found something, in words of join_block's.
+struct Found {
+    static constexpr int kNumbers = 1;
+    double v[kNumbers];
 
-const int64_t kFoundBytes = arena_bytes<int>(kThreads / kWarp);
+    DIEN_OPS_DEVICE void join(const Found& other) {
+        if (other.v[0] > v[0]) v[0] = other.v[0];
+    }
+};
 
 // A group of lanes goes through kFiniteRows rows. With flags, the block says there whether it has met a number that is not
 // finite; without, such a number is an error, if nothing says that no table will change.
@@ -99,8 +95,8 @@ void find_nonfinite(Group g, Words words, gmem<const float> found_inf, gmem<int3
         }
     }
     if (flags) {
-        const bool any = found_in_block(found >= 0);
-        if (thread_index() == 0) flags.st(t.flags + block, any ? 1 : 0);
+        const Found any = join_block(Found{found >= 0 ? 1.0 : 0.0});
+        if (thread_index() == 0) flags.st(t.flags + block, any.v[0] > 0 ? 1 : 0);
     } else if (found >= 0 && (!found_inf || found_inf.ld(0) == 0)) {
         require_of(g, t, false, "table %lld: grad must be finite, got %g at position %lld (id %lld), column %lld", value, found,
                    of.row(found), found_column);
@@ -110,10 +106,10 @@ void find_nonfinite(Group g, Words words, gmem<const float> found_inf, gmem<int3
 // flags[number of the table] = whether one of its blocks has met a number that is not finite. A block for each table.
 DIEN_OPS_KERNEL(kThreads) void join_flags(Group g, gmem<int32_t> flags) {
     const Table& t = g.tables[g.table()];
-    bool found = false;
-    for (int64_t i = thread_index(); i < t.flag_count; i += kThreads) found |= flags.ld(t.flags + i) != 0;
-    found = found_in_block(found);
-    if (thread_index() == 0) flags.st(t.number, found ? 1 : 0);
+    Found found = {};
+    for (int64_t i = thread_index(); i < t.flag_count; i += kThreads) found.join({{double(flags.ld(t.flags + i))}});
+    found = join_block(found);
+    if (thread_index() == 0) flags.st(t.number, found.v[0] > 0 ? 1 : 0);
 }
 
 }  // namespace
@@ -128,19 +124,20 @@ void embedding_check(Stream stream, const EmbeddingCall& call) {
             launch("embedding_check", make_words, {blocks, 1, 1, kThreads}, stream, g, words, call.check_ids);
         });
     if (!call.refuse_nonfinite && !call.skip_nonfinite) return;
+    const int64_t bytes = join_block_bytes<Found>(kThreads);
     const gmem<int32_t> flags = {call.skip_nonfinite ? call.flags : nullptr, all.sizes.flags, "flags"};
     const gmem<const float> found_inf = {call.found_inf, 1, "found_inf"};
     for_groups(
         all.tables, [](const Table& t) { return t.flag_count; },
         [&](const Group& g, int64_t blocks) {
-            launch("embedding_find_nonfinite", find_nonfinite<S>, {blocks, 1, 1, kThreads, kFoundBytes}, stream, g, words,
-                   found_inf, flags);
+            launch("embedding_find_nonfinite", find_nonfinite<S>, {blocks, 1, 1, kThreads, bytes}, stream, g, words, found_inf,
+                   flags);
         });
     if (!call.skip_nonfinite) return;
     for_groups(
         all.tables, [](const Table&) { return 1; },
         [&](const Group& g, int64_t blocks) {
-            launch("embedding_join_flags", join_flags, {blocks, 1, 1, kThreads, kFoundBytes}, stream, g, flags);
+            launch("embedding_join_flags", join_flags, {blocks, 1, 1, kThreads, bytes}, stream, g, flags);
         });
 }
 
