@@ -508,6 +508,14 @@ def test_float16_is_rounded_to_a_neighbour_by_the_same_noise():
     assert not wrong.any() and not torch.equal(got[0], plain[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_without_seeds_weights_are_rounded_to_the_nearest(dtype):
+    t = random_table(8, 33, torch.randint(8, (20,)), dtype, seed=99)
+    t.weight.zero_()
+    exact = updated("sgd", [Table(t.weight.float(), t.ids, t.grad.float())], lr=1.0, l2=0.0)[0][0]
+    assert torch.equal(updated("sgd", [t], lr=1.0, l2=0.0)[0][0], exact.to(dtype))
+
+
 def test_noise_is_neither_of_the_others_in_the_call_nor_of_the_alignment():
     table = random_table(40, 24, torch.randint(40, (90,)), torch.bfloat16, seed=3)
     other = random_table(70, 5, torch.randint(70, (300,)), torch.bfloat16, seed=4)
