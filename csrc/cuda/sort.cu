@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The radix sort of CUB, which is part of the CUDA toolkit: a pass over memory for each 8 bits, as fast as the memory is. Its
 // kernels are no kernels of ours: neither does the host executor run them, nor do our rules hold for them. Keys alone are
-// sorted, of one type, so that the build has one set of them: 20 s and 0.3 MB. In the executor's build std::stable_sort
+// sorted, of one type, so that the build has one set of them: 8 s and 0.3 MB. In the executor's build std::stable_sort
 // stands for it.
 #include "cuda/sort.h"
 
