@@ -134,6 +134,11 @@ if(DIEN_OPS_CUDA STREQUAL "auto")  # a toolkit that is broken, or refuses this C
   endif()
 endif()
 enable_language(CUDA)
+execute_process(
+  COMMAND "${NVCC}" -E "${CMAKE_CURRENT_LIST_DIR}/cub.cu" RESULT_VARIABLE failed OUTPUT_QUIET ERROR_VARIABLE said)
+if(failed AND said MATCHES "no CUB")
+  no_cuda("${NVCC} comes without the headers of CUB (CCCL), which are part of the CUDA toolkit")
+endif()
 
 set(CUDA_ARCHITECTURES ${architectures})
 list(TRANSFORM architectures REPLACE "(.+)-real" "sm_\\1")

@@ -26,12 +26,19 @@ class Decision(NamedTuple):
 
 
 def decide(
-    folder: Path, wanted: str, arch_list: str = "", nvcc: str | None = "13.0", gpus: str | None = None
+    folder: Path,
+    wanted: str,
+    arch_list: str = "",
+    nvcc: str | None = "13.0",
+    gpus: str | None = None,
+    cub: bool = True,
 ) -> Decision:
     """Includes the module in a script, where enabling a language does nothing. nvcc: its version; gpus: what nvidia-smi
-    prints; None: there is none."""
+    prints; None: there is none. cub: whether nvcc preprocesses what includes CUB."""
+    without_cub = "" if cub else "if [ \"$1\" = -E ]; then echo 'cub.cu: error: #error no CUB' >&2; exit 1; fi\n"
     for name, prints in [("nvcc", f"release {nvcc}, V{nvcc}.88"), ("nvidia-smi", gpus)]:
-        (folder / name).write_text("#!/bin/sh\nexit 9\n" if prints is None else f"#!/bin/sh\necho '{prints}'\n")
+        says = "exit 9" if prints is None else f"{without_cub}echo '{prints}'"
+        (folder / name).write_text(f"#!/bin/sh\n{says}\n")
         (folder / name).chmod(0o755)
     script = folder / "script.cmake"
     script.write_text(f"""
@@ -104,6 +111,7 @@ def test_off_builds_none_and_looks_at_nothing(tmp_path):
     [
         ({"nvcc": None}, "missing, which is not there"),
         ({"nvcc": "11.8"}, "is version 11.8.88, and the CUDA kernels need 12.0"),
+        ({"cub": False}, "comes without the headers of CUB"),
         ({"arch_list": "native"}, "TORCH_CUDA_ARCH_LIST=native, and nvidia-smi shows no GPU of compute capability 8.0"),
         ({"arch_list": "7.0 7.5"}, "has no compute capability of 8.0 or above"),
     ],
