@@ -66,9 +66,8 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
     // propagate | skip | error. grad_scale [1] divides the gradients; nothing changes where found_inf [1] is not 0
     m.def(
         "mba_sgd_(Tensor(a!)[] weights, Tensor(b!)[] momentum_buffers, Tensor(c!)[] decayed, Tensor[] ids, Tensor[] grads, "
-        "Tensor[] counts, int[] padding_idx, SymInt[] seeds, float[] log_decays, Tensor? grad_scale, Tensor? found_inf, str "
-        "decay, "
-        "str nonfinite, bool check_ids, float lr, float l2, float momentum) -> ()");
+        "Tensor[] counts, int[] padding_idx, SymInt[] seeds, float[] log_decays, Tensor? grad_scale, Tensor? found_inf, "
+        "str decay, str nonfinite, bool check_ids, float lr, float l2, float momentum) -> ()");
     m.def(
         "mba_adagrad_(Tensor(a!)[] weights, Tensor(b!)[] state_sums, Tensor[] ids, Tensor[] grads, Tensor[] counts, "
         "int[] padding_idx, SymInt[] seeds, Tensor? grad_scale, Tensor? found_inf, str decay, str nonfinite, bool check_ids, "

@@ -53,7 +53,8 @@ DIEN_OPS_HOST_DEVICE inline PhiloxBlock<uint32_t> noise_counter(int64_t row, int
 }
 
 // The 16 bits that x, the bits of a float, is rounded to with noise in 0..0xffff, in a word. U is uint32_t or a vector of them.
-// Too large for the format is infinite where the nearest would be; a NaN stays one.
+// A NaN stays one. Between the largest number and infinity, a BFloat16 goes to either as between any two neighbours, a Half to
+// the nearest.
 template <typename U>
 DIEN_OPS_HOST_DEVICE inline U round_with_noise(U x, U noise, BFloat16) {
     const U magnitude = x & 0x7fffffff;

@@ -32,7 +32,7 @@ template <typename S>
 void prefetch(const S* row, int64_t dim) {
     constexpr int64_t kPerCacheLine = 64 / sizeof(S);
     for (int64_t d = 0; d < dim; d += kPerCacheLine) __builtin_prefetch(row + d);
-    __builtin_prefetch(row + dim - 1);  // rows seldom begin where a line does
+    if (dim > 0) __builtin_prefetch(row + dim - 1);  // rows seldom begin where a line does
 }
 
 template <typename T>

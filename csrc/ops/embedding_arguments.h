@@ -30,16 +30,12 @@ struct TableArguments {
     int64_t batch() const { return ids.size(0); }
 };
 
-// The bytes from the first to the last element of t, whatever its strides.
+// The memory of a contiguous tensor.
 struct Bytes {
     const char *begin, *end;
 
-    explicit Bytes(const Tensor& t) : begin(static_cast<const char*>(t.const_data_ptr())), end(begin) {
-        if (t.numel() == 0) return;
-        int64_t elements = 1;
-        for (int64_t i = 0; i < t.dim(); ++i) elements += (t.size(i) - 1) * t.stride(i);
-        end += elements * t.element_size();
-    }
+    explicit Bytes(const Tensor& t)
+        : begin(static_cast<const char*>(t.const_data_ptr())), end(begin + t.numel() * t.element_size()) {}
     bool overlap(const Bytes& other) const { return begin < other.end && other.begin < end; }
 };
 
@@ -62,6 +58,7 @@ inline bool is_integer(ScalarType dtype) { return dtype == ScalarType::Int || dt
 // The tensors of a call, but those of the rule's state.
 struct EmbeddingArguments {
     std::vector<TableArguments> tables;
+    std::vector<Bytes> grads;              // of the tables: still read when rows are already written
     ScalarType dtype = ScalarType::Float;  // of the weights
     Device device = torch::headeronly::DeviceType::CPU;
     bool stochastic = false;
@@ -73,6 +70,7 @@ struct EmbeddingArguments {
     void check_state(const Tensors& states, const char* argument, ScalarType expected, bool per_row = false) const {
         check(states.size() == tables.size(), argument, " must have one tensor of each of the ", tables.size(),
               " weights, got ", states.size());
+        std::vector<Bytes> written;
         for (size_t i = 0; i < states.size(); ++i) {
             const TableArguments& t = tables[i];
             const std::string name = t.name + argument;
@@ -80,13 +78,14 @@ struct EmbeddingArguments {
                 per_row ? std::vector<int64_t>{t.num_embeddings} : std::vector<int64_t>{t.num_embeddings, t.dim};
             check_tensor(states[i], name.c_str(), sizes, expected, device);
             check(states[i].is_contiguous(), name, " must be contiguous: it is updated in place");
-            const Bytes written(states[i]);
-            for (const TableArguments& other : tables) {  // whose gradient's rows are still read when rows are already written
-                check(!written.overlap(Bytes(other.grad)), t.name, "grad must not share memory with ", argument);
+            const Bytes bytes(states[i]);
+            for (const Bytes& grad : grads) {
+                check(!bytes.overlap(grad), t.name, "grad must not share memory with ", argument);
             }
             for (size_t j = 0; j < i; ++j) {
-                check(!written.overlap(Bytes(states[j])), name, " must not share memory with that of table ", j);
+                check(!bytes.overlap(written[j]), name, " must not share memory with that of table ", j);
             }
+            written.push_back(bytes);
         }
     }
     ScalarType state_dtype() const { return compute_dtype(dtype); }
@@ -153,11 +152,12 @@ inline EmbeddingArguments read_embedding_arguments(const Tensors& weights, const
                             .seed = seeds.empty() ? 0 : seeds[i],
                             .log_decay = log_decays.empty() ? 0 : log_decays[i]});
     }
+    for (const TableArguments& t : a.tables) a.grads.emplace_back(t.grad);
     a.check_state(weights, "weight", a.dtype);
     return a;
 }
 
-// The decay of mba_sgd_, which alone may be lazy.
+// decayed and log_decays: of mba_sgd_, which alone may be lazy.
 inline DecayRule read_decay_rule(const std::string& decay, double lr, double l2, const EmbeddingArguments& a,
                                  const Tensors& decayed = {}, const std::vector<double>& log_decays = {}) {
     const DecayRule rule{read_decay(decay), lr, l2};
