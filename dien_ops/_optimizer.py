@@ -61,7 +61,11 @@ def _wrapped(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     def one(value: Any) -> Any:
         return _Uncast(value) if isinstance(value, Tensor) else value
 
-    state = {number: {name: one(x) for name, x in of.items()} for number, of in state_dict["state"].items()}
+    numbers = {number for group in state_dict["param_groups"] for number in group["params"]}
+    state = {
+        number: {name: one(x) for name, x in of.items()} if number in numbers else of
+        for number, of in state_dict["state"].items()
+    }
     return {**state_dict, "state": state}
 
 
@@ -281,6 +285,8 @@ class MBAOptimizer(Optimizer):
     def _naming_the_culprit(self, call: Call) -> Iterator[None]:
         try:
             yield
+        except torch.AcceleratorError:  # of a kernel that ran before, any: the next call on the device is told of it
+            raise
         except RuntimeError:
             for table in call.tables:
                 with naming(table.name):
@@ -290,7 +296,7 @@ class MBAOptimizer(Optimizer):
     def _update(self, call: Call, lr: float, *log_decays: list[float]) -> None:
         """Updates the rows of a call's tables. State that was not there yet is kept if that succeeds."""
         group, weights, device = call.group, call.weights, call.weights[0].device
-        used, states = self._used_states(group), [self.state.get(weight, {}) for weight in weights]
+        used, states = self._used_states(group), [dict(self.state.get(weight, {})) for weight in weights]
         for weight, state in zip(weights, states, strict=True):
             for name in used:
                 if name not in state:
@@ -313,7 +319,7 @@ class MBAOptimizer(Optimizer):
             if seeds:
                 state["updates"] = state.get("updates", 0) + 1
             if state:
-                self.state[weight] = state
+                self.state[weight].update(state)
 
 
 def _counts_and_l2(group: dict[str, Any], tables: list[MBAEmbedding]) -> tuple[Tensor | None, float]:

@@ -288,6 +288,18 @@ def test_a_hook_sees_the_state_that_is_loaded_as_it_is():
     assert torch.equal(seen[0], optimizer.state[embedding.weight]["exp_avg"])
 
 
+def test_what_a_state_holds_beside_the_parameters_is_loaded_as_it_is():
+    """As by torch's optimizers."""
+    embedding = table()
+    optimizer = make("adam", embedding.parameters())
+    train(optimizer, embedding, batches(1))
+    saved = optimizer.state_dict()
+    saved["state"]["note"] = {"loss": torch.ones(2, dtype=torch.float16)}
+    optimizer.load_state_dict(saved)
+    assert optimizer.state["note"]["loss"].dtype == torch.float16
+    train(optimizer, embedding, batches(1))
+
+
 def test_momentum_that_begins_later_starts_from_zero():
     embedding = table()
     optimizer = make("sgd", embedding.parameters())

@@ -142,6 +142,40 @@ def test_a_step_that_fails_creates_no_state(name, tables):
 
 
 @EVERY_OPTIMIZER
+@pytest.mark.not_on_cuda(reason=NOBODY_WAITS)
+def test_a_step_that_fails_adds_nothing_to_the_state_that_is_there(name):
+    """That of 16-bit tables holds the number of updates; what else an option calls for later is created by a step."""
+    embedding = table(dtype=torch.bfloat16, counts=torch.ones(9))
+    optimizer = make(name, embedding.parameters())
+    train(optimizer, embedding, batches(1))
+    if name in ("sgd", "momentum"):
+        optimizer.state[embedding.weight].pop("momentum_buffer", None)
+        optimizer.param_groups[0]["momentum"] = 0.9
+    before = list(optimizer.state[embedding.weight])
+    embedding.counts.zero_()
+    with pytest.raises(RuntimeError, match="counts must be positive"):
+        train(optimizer, embedding, batches(1))
+    assert list(optimizer.state[embedding.weight]) == before
+    assert optimizer.state[embedding.weight]["updates"] == 1
+
+
+def test_an_error_of_the_device_is_blamed_on_no_parameter(monkeypatch):
+    """A kernel that ran before may have caused it, and every call from then on raises it."""
+    _, _, optimizer = two_tables("adam")
+
+    def broken(*_):
+        raise torch.AcceleratorError("device-side assert triggered")
+
+    monkeypatch.setattr(optim.MBAAdam, "_check", broken)
+    monkeypatch.setattr(optim.MBAAdam, "_operator", staticmethod(broken))
+    with pytest.raises(torch.AcceleratorError, match=r"^device-side assert triggered"):
+        optimizer.step()
+    optimizer.param_groups.pop()
+    with pytest.raises(torch.AcceleratorError, match=r"^device-side assert triggered"):
+        optimizer.step()
+
+
+@EVERY_OPTIMIZER
 def test_a_gradient_that_is_part_of_its_weight_leaves_every_bit_of_all(name):
     first, second, optimizer = two_tables(name)
     second.weight.grad = torch.sparse_coo_tensor(
