@@ -71,6 +71,13 @@ def test_float32_is_as_good_as_torchs(rule, per_row):
     assert_at_most_twice_torchs_error(draw() for _ in range(5))
 
 
+def test_the_sum_of_very_many_gradient_rows_loses_few_digits():
+    """Added up one after the other in float32, these would be wrong in the third."""
+    weight = torch.zeros(2, 1)
+    functional.mba_sgd_(weight, torch.ones(2**18, dtype=torch.int64), torch.full((2**18, 1), 0.1), lr=1.0)
+    assert abs(weight[1].item() / -(2**18 * 0.1) - 1) < 5e-5
+
+
 def test_ids_beyond_one_digit_of_the_sort_are_the_references():
     ours, theirs = (table := Table("sgd", rows=5_000_000, dim=1)).copy(), table
     ids = skewed_ids(40_000, 5_000_000)
@@ -160,7 +167,9 @@ def test_empty_tables_and_rows_are_accepted(rule, rows, dim):
 @pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_number_of_threads_does_not_change_a_bit(rule, dtype):
+    """Several ids are so frequent that all threads add up their gradient rows."""
     ids, grad = skewed_ids(60_000, 3000), torch.randn(60_000, 24).to(dtype)
+    ids[1::12], ids[2::12], ids[4::12] = 1, 2900, 2950
     table = Table(rule, rows=3000, dim=24, dtype=dtype)
     results = [with_threads(n, lambda: table.copy().update(functional, ids, grad, seed=3)) for n in (1, 2, 3)]
     assert bits(results[0]) == bits(results[1]) == bits(results[2])
@@ -219,12 +228,13 @@ def test_a_sparse_gradient_is_taken_as_it_is(rule, dtype):
 
 @EVERY_RULE
 @EVERY_DECAY
-def test_the_gradient_is_divided_by_its_scale(rule, decay):
-    ours, theirs = (table := Table(rule)).copy(), table
-    ids, grad = skewed_ids(6, 11), torch.randn(6, 5, dtype=F64)
-    scale = torch.tensor(1024.0)
-    actual = ours.update(functional, ids, grad * 1024, grad_scale=scale, decay=decay)
-    assert_close(actual, theirs.copy().update(reference, ids, grad * 1024, grad_scale=scale, decay=decay))
+@pytest.mark.parametrize("scale", [1024.0, 0.25])
+def test_the_gradient_is_divided_by_its_scale(rule, decay, scale):
+    ours, theirs = (table := Table(rule, dim=37)).copy(), table
+    ids, grad = skewed_ids(6, 11), torch.randn(6, 37, dtype=F64)
+    options = dict(grad_scale=torch.tensor(scale), decay=decay)
+    actual = ours.update(functional, ids, grad * scale, **options)
+    assert_close(actual, theirs.copy().update(reference, ids, grad * scale, **options))
     assert_close(actual, theirs.update(reference, ids, grad, decay=decay))
 
 

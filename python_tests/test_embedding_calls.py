@@ -215,6 +215,19 @@ def test_gradient_rows_of_the_padding_id_do_not_count(rule, nonfinite):
     assert table.weight.isfinite().all() and not torch.equal(table.weight[7], moved)
 
 
+@ANY_DTYPE
+@BAD_NUMBERS
+def test_what_is_not_finite_is_seen_wherever_it_stands(dtype, bad):
+    table, (n, dim) = Table("sgd", dim=37, dtype=dtype), (24, 37)
+    before = bits(table.tensors)
+    ids = torch.arange(n) % 11
+    for place in [*range(0, n * dim, 31), n * dim - 1]:
+        grad = torch.ones(n, dim, dtype=dtype)
+        grad.view(-1)[place] = bad
+        table.update(functional, ids, grad, nonfinite="skip")
+        assert bits(table.tensors) == before, place
+
+
 @EVERY_RULE
 @pytest.mark.parametrize("nonfinite", ["skip", "error"])
 @ANY_DTYPE
@@ -237,7 +250,7 @@ def test_where_found_inf_is_not_zero_nothing_changes_at_all(rule, dtype, shape):
     tables, batches = many_tables(rule, dtype)
     before = [bits(table.tensors) for table in tables]
     scale = torch.full(shape, 4.0)
-    for found in (1.0, 2.0):
+    for found in (1.0, -1.0, math.nan):
         call_operator(tables, batches, found_inf=torch.full(shape, found), grad_scale=scale, seeds=[0] * len(tables))
         assert [bits(table.tensors) for table in tables] == before
     call_operator(tables, batches, found_inf=torch.zeros(shape), grad_scale=scale)

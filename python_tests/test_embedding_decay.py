@@ -82,6 +82,14 @@ def test_without_l2_all_kinds_are_the_same(dtype):
     assert results == [bits(first.update(functional, ids, grad, l2=0.0))] * 2
 
 
+@EVERY_RULE
+def test_without_l2_an_infinite_weight_stays_what_it_is(rule):
+    table = Table(rule)
+    table.weight[3] = math.inf
+    table.update(functional, torch.tensor([3, 3]), torch.ones(2, 5, dtype=F64), l2=0.0)
+    assert bool((table.weight[3] == math.inf).all())
+
+
 # --------------------------------------------------------------------------------------- hundreds of steps, dense
 
 

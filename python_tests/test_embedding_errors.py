@@ -10,7 +10,7 @@ import torch
 from embedding_cases import EVERY_RULE, F64, Table, bits, call_operator, function_of, operator_lists
 
 from dien_ops import functional
-from helpers import here, run_python
+from helpers import here, run_python, with_threads
 
 IDS, GRAD = torch.tensor([1, 2]), torch.zeros(2, 5, dtype=F64)
 NAN = torch.tensor([[0.0, 0, 0, 0, 0], [0, math.nan, 0, 0, 0]], dtype=F64)
@@ -84,6 +84,22 @@ def test_a_wrong_value_is_named_and_leaves_every_bit(rule, message):
     with pytest.raises(RuntimeError, match=message):
         update(table, VALUES[message])
     assert bits(table.tensors) == before
+
+
+@pytest.mark.cpu_kernels
+def test_of_several_wrong_values_the_first_is_named_whatever_the_threads():
+    """Of counts, that of the smallest id."""
+    table, n = Table("sgd"), 60_000
+    ids, grad = torch.arange(n) % 11, torch.zeros(n, 5, dtype=F64)
+    wrong = torch.arange(9000, n, 777)
+    bad, counts = grad.index_fill(0, wrong, math.nan), torch.ones(11).index_fill(0, torch.tensor([3, 4, 9]), 0)
+    for _ in range(5):
+        with pytest.raises(RuntimeError, match=r"got 11 at position 9000$"):
+            with_threads(3, lambda: table.update(functional, ids.index_fill(0, wrong, 11), grad))
+        with pytest.raises(RuntimeError, match=r"got 0 for id 3$"):
+            with_threads(3, lambda: table.update(functional, ids, grad, counts=counts))
+        with pytest.raises(RuntimeError, match=r"got nan at position 9000 \(id 2\), column 0$"):
+            with_threads(3, lambda: table.update(functional, ids, bad, nonfinite="error"))
 
 
 @EVERY_RULE
@@ -253,6 +269,44 @@ def test_two_tables_that_share_memory_are_refused():
     batch = (here(IDS), here(GRAD))
     with pytest.raises(RuntimeError, match="table 1: weight must not share memory with that of table 0"):
         call_operator([memory, view], [batch, batch])
+
+
+@EVERY_RULE
+def test_states_that_two_tables_share_are_refused(rule):
+    for name in Table(rule).state:
+        tables = [Table(rule), Table(rule)]
+        tables[1].state[name] = tables[0].state[name]
+        before = [bits(table.tensors) for table in tables]
+        with pytest.raises(RuntimeError, match=f"table 1: {name} must not share memory with that of table 0"):
+            call_operator(tables, [(here(IDS), here(GRAD))] * 2)
+        assert [bits(table.tensors) for table in tables] == before
+
+
+def test_a_gradient_that_is_part_of_another_table_is_refused():
+    tables = [Table("sgd"), Table("sgd")]
+    for written, read in ((0, 1), (1, 0)):
+        grads = [here(GRAD), here(GRAD)]
+        grads[read] = tables[written].weight[2:4]
+        with pytest.raises(RuntimeError, match=f"table {written}: grad must not share memory with weight"):
+            call_operator(tables, [(here(IDS), grad) for grad in grads])
+
+
+def test_states_that_are_not_contiguous_are_refused():
+    for rule in ("momentum", "adagrad", "adam"):
+        table = Table(rule)
+        name = next(iter(table.state))
+        table.state[name] = table.state[name].t().contiguous().t()
+        with pytest.raises(RuntimeError, match=f"{name} must be contiguous: it is updated in place"):
+            table.update(functional, here(IDS), here(GRAD))
+
+
+def test_more_rows_and_ids_than_a_key_can_number_are_refused():
+    """Rows without columns take no memory."""
+    weight = torch.zeros(2**62, 0)
+    with pytest.raises(
+        RuntimeError, match="the ids of one call must be fewer: 5 in tables of 4611686018427387904 rows"
+    ):
+        functional.mba_sgd_(weight, torch.zeros(5, dtype=torch.int64), torch.zeros(5, 0), lr=0.1)
 
 
 def test_momentum_needs_its_buffer():

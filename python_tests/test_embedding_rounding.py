@@ -99,6 +99,14 @@ def test_too_large_is_infinite_and_nan_stays(dtype):
     assert weight[0, :3].tolist() == [math.inf, -math.inf, largest] and weight[0, 3].isnan()
 
 
+def test_between_the_largest_float16_and_infinity_it_is_the_nearest():
+    grad = torch.tensor([[-1.0, -15.0, -16.0, 15.0, 16.0]], dtype=torch.float16)
+    for seed in range(20):
+        weight = torch.tensor([[65504.0, 65504.0, 65504.0, -65504.0, -65504.0]], dtype=torch.float16)
+        functional.mba_sgd_(weight, torch.tensor([0]), grad, lr=1.0, l2=0.0, seed=seed)
+        assert weight[0].tolist() == [65504, 65504, math.inf, -65504, -math.inf]
+
+
 @EVERY_RULE
 @EVERY_16_BIT
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(rule, dtype):
@@ -209,16 +217,18 @@ def test_this_philox_is_that_of_its_authors(counter, key, expected):
     assert " ".join(f"{int(word):08x}" for word in philox([torch.tensor(w) for w in counter], key)) == expected
 
 
+@EVERY_16_BIT
 @pytest.mark.parametrize("seed", [0, 12345678901234567, -3])
-def test_the_noise_is_philox_of_the_seed_and_the_place_in_the_table(seed):
+def test_the_noise_is_philox_of_the_seed_and_the_place_in_the_table(seed, dtype):
     """So CPU and CUDA round alike, whatever else is in the batch, and in which order."""
     rows, dim = 300, 21
     x = torch.randn(rows, dim).clamp(-3, 3)
-    x = (x * 2**10).round() / 2**10
+    finest = 2**10 if dtype == torch.bfloat16 else 2**14
+    x = (x * finest).round() / finest
     place = torch.randperm(rows)[:200]
-    found = torch.zeros(rows, dim, dtype=torch.bfloat16)
-    high = x.bfloat16()
-    low = (x - high.float()).bfloat16()
+    found = torch.zeros(rows, dim, dtype=dtype)
+    high = x.to(dtype)
+    low = (x - high.float()).to(dtype)
     grad = -torch.cat([high[place], low[place]])
     functional.mba_sgd_(found, place.repeat(2), grad, lr=1.0, l2=0.0, seed=seed)
 
@@ -228,5 +238,10 @@ def test_the_noise_is_philox_of_the_seed_and_the_place_in_the_table(seed):
     word = words.gather(0, (d % 8 // 2).unsqueeze(0))[0]
     noise = torch.where(d % 2 == 0, word & 0xFFFF, word >> 16)
     exact = high.float() + low.float()
-    rounded = number((exact.view(torch.int32).long() + noise) >> 16, torch.bfloat16)
+    word = exact.view(torch.int32).long()
+    if dtype == torch.bfloat16:
+        rounded = number((word + noise) >> 16, dtype)
+    else:  # an exponent that is 112 smaller, 13 digits fewer
+        magnitude = ((word & 0x7FFFFFFF) - (112 << 23) + (noise >> 3)) >> 13
+        rounded = number(torch.where(exact == 0, 0, magnitude | (word >> 16 & 0x8000)), dtype)
     assert torch.equal(found[place], rounded[place])
