@@ -5,7 +5,8 @@
 They take sparse gradients only, those of :class:`dien_ops.MBAEmbedding` or any
 ``torch.nn.Embedding(sparse=True)``; dense parameters go to an optimizer of :mod:`torch.optim` beside it. Each
 row of a mini-batch is updated once, rows that are not in it keep their bits, and a step's cost grows with the
-mini-batch, never with the table. All tables of a group are updated in one call of an operator.
+mini-batch, never with the table. One call of an operator updates all tables of a group that have the same dtype and
+device, and all counts or none.
 
 ``torch.amp.GradScaler`` is understood as torch's fused optimizers understand it: the kernels divide by the scale, and
 where a gradient is not finite nothing changes; nobody waits for the device (but with ``decay="lazy"``, whose decay is

@@ -66,7 +66,7 @@ struct EmbeddingArguments {
     bool check_ids;
     OptionalTensor grad_scale, found_inf;  // [1], float32
 
-    // A list with a tensor of each table that is updated in place: the weight's rows, and columns where they are > 0.
+    // A list with a tensor of each table that is updated in place: of the weight's shape, or with per_row a number per row.
     void check_state(const Tensors& states, const char* argument, ScalarType expected, bool per_row = false) const {
         check(states.size() == tables.size(), argument, " must have one tensor of each of the ", tables.size(),
               " weights, got ", states.size());

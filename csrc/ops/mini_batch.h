@@ -72,7 +72,7 @@ class Table {
     int64_t id(int64_t position) const { return ids_are_int32_ ? at<int32_t>(ids_, position) : at<int64_t>(ids_, position); }
     bool has(int64_t id) const { return id >= 0 && id < arguments.num_embeddings; }
     bool updates(int64_t id) const { return has(id) && id != arguments.padding; }
-    // n_j of DIN eq. 7: how often id j occurs in the training set, 1 for every id where no counts came.
+    // n_j of DIN eq. 7: how many instances of the training set hold id j, 1 for every id where no counts came.
     double count(int64_t id) const {
         if (counts_ == nullptr) return 1;
         switch (counts_type_) {
@@ -219,7 +219,6 @@ struct MiniBatch {
     Buffer<int64_t> positions;         // of gradient rows
     std::vector<int64_t> first;        // segment of each table, and at the end how many there are
     std::vector<int64_t> long_ones;    // segments of more than kPiece gradient rows, ascending
-    int64_t kept;                      // positions
 };
 
 constexpr int64_t kPiece = 256;
@@ -244,7 +243,7 @@ MiniBatch<T> group_by_id(const std::vector<Table>& tables, const Numbering& numb
     std::partial_sum(before.begin(), before.end(), before.begin());
 
     const int64_t count = before.back();
-    MiniBatch<T> batch{.segments = Buffer<cpu::Segment<T>>(count + 1), .positions = Buffer<int64_t>(kept), .kept = kept};
+    MiniBatch<T> batch{.segments = Buffer<cpu::Segment<T>>(count + 1), .positions = Buffer<int64_t>(kept)};
     std::vector<std::vector<int64_t>> long_ones(before.size());
     Smallest wrong;
     parallel_blocks(kept, [&](int64_t block, int64_t begin, int64_t end) {
