@@ -300,6 +300,41 @@ def test_states_that_are_not_contiguous_are_refused():
             table.update(functional, here(IDS), here(GRAD))
 
 
+@pytest.mark.parametrize(
+    "momentum_buffers, decayed, counts, log_decays, decay, message",
+    [
+        (0, 0, 0, 1, "lazy", "decayed must be given with decay=lazy, and only with it"),
+        (0, 1, 0, 0, "lazy", "log_decays must be given with decay=lazy, and only with it"),
+        (0, 1, 0, 0, "decoupled", "decayed must be given with decay=lazy, and only with it"),
+        (0, 0, 0, 1, "decoupled", "log_decays must be given with decay=lazy, and only with it"),
+        (0, 1, 1, 1, "lazy", "decay=lazy takes no counts"),
+        (1, 1, 0, 1, "lazy", "decay=lazy takes no momentum"),
+    ],
+)
+def test_the_operator_checks_what_goes_with_lazy_decay(momentum_buffers, decayed, counts, log_decays, decay, message):
+    weight = torch.zeros(11, 5, dtype=F64)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dien_ops.mba_sgd_(
+            [weight], [weight.clone()] * momentum_buffers, [torch.zeros(11, dtype=F64)] * decayed, [here(IDS)],
+            [here(GRAD)], [torch.ones(11)] * counts, [-1], [], [-0.5] * log_decays, None, None, decay, "propagate",
+            True, 0.1, 0.1, 0.0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", ["grad_scale", "found_inf"])
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (torch.ones(2), r"must have one element, got shape \[2\]"),
+        (torch.ones(1, dtype=F64), "must be float32"),
+    ],
+)
+def test_the_operator_checks_what_a_scaler_gives(argument, value, message):
+    table = Table("sgd")
+    with pytest.raises(RuntimeError, match=f"{argument} {message}"):
+        call_operator([table], [(here(IDS), here(GRAD))], **{argument: here(value)})
+
+
 def test_more_rows_and_ids_than_a_key_can_number_are_refused():
     """Rows without columns take no memory."""
     weight = torch.zeros(2**62, 0)

@@ -10,8 +10,9 @@ import torch
 from embedding_cases import BIT16, EVERY_DECAY, EVERY_RULE, Table, bits, skewed_ids
 from torch import Tensor
 
+import dien_ops
 from dien_ops import functional, reference
-from helpers import assert_at_most_twice_torchs_error, assert_close
+from helpers import assert_at_most_twice_torchs_error, assert_close, run_python
 
 EVERY_16_BIT = pytest.mark.parametrize("dtype", BIT16, ids=str)
 FINEST = 2**-16  # of the probabilities: as many bits has the noise
@@ -245,3 +246,68 @@ def test_the_noise_is_philox_of_the_seed_and_the_place_in_the_table(seed, dtype)
         magnitude = ((word & 0x7FFFFFFF) - (112 << 23) + (noise >> 3)) >> 13
         rounded = number(torch.where(exact == 0, 0, magnitude | (word >> 16 & 0x8000)), dtype)
     assert torch.equal(found[place], rounded[place])
+
+
+# ------------------------------------------------------------------------------------------- other instruction sets
+
+
+def printed(code: str, capability: str) -> str:
+    """What code prints where the kernels are those of an instruction set."""
+    if capability not in dien_ops._C.cpu_capabilities:
+        pytest.skip(f"{capability} is not part of this build")
+    done = run_python(code, DIEN_OPS_CPU_CAPABILITY=capability, PYTHONPATH="python_tests")
+    if "not supported by this processor" in done.stderr:
+        pytest.skip(f"this processor has no {capability}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+ROUNDED = """
+import hashlib, torch
+from dien_ops import functional
+torch.manual_seed(0)
+for dtype in (torch.bfloat16, torch.float16):
+    for rows, dim in ((70, 1), (300, 21), (40, 64), (5, 600)):
+        weight, ids = torch.zeros(rows, dim, dtype=dtype), torch.randperm(rows).repeat(2)
+        grad = torch.cat([torch.randn(rows, dim), torch.randn(rows, dim) / 999]).to(dtype)
+        functional.mba_sgd_(weight, ids, grad, lr=1.0, l2=0.0, seed=12345678901234567)
+        found = weight.view(torch.uint8).numpy().tobytes()
+        print(hashlib.sha256(found).hexdigest())
+"""
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_rounds_alike(capability):
+    """Here, where nothing before the rounding depends on the instruction set."""
+    assert printed(ROUNDED, capability) == run_python(ROUNDED).stdout != ""
+
+
+SEVERAL_STEPS = """
+import torch
+from dien_ops import functional, reference
+from embedding_cases import RULES, Table, skewed_ids
+from helpers import assert_close
+torch.manual_seed(0)
+for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 6e-2), (torch.float16, 1e-2)):
+    for rule in RULES:
+        for dim in (1, 3, 8, 17, 37):
+            table = Table(rule, rows=40, dim=dim, dtype=dtype)
+            ours, theirs = table.copy(), table.copy(torch.float64)
+            for nonfinite in ("propagate", "skip"):
+                ids, grad = skewed_ids(900, 40), (torch.randn(900, dim) / 9).to(dtype)
+                options = {"l2": 0.3, "lr": 0.01, "counts": torch.arange(40) + 1}
+                ours.update(functional, ids, grad, nonfinite=nonfinite, **options)
+                theirs.update(reference, ids, grad.double(), **options)
+            assert_close([x.double() for x in ours.tensors], [x.double() for x in theirs.tensors], tolerance)
+            before = ours.weight.clone()
+            grad[-1, -1] = torch.inf
+            ours.update(functional, ids, grad, nonfinite="skip")
+            assert torch.equal(ours.weight, before)
+"""
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+def test_other_instruction_sets_compute_the_same(capability):
+    assert printed(SEVERAL_STEPS, capability) == ""

@@ -134,6 +134,19 @@ def test_tables_that_share_a_weight_share_their_counts():
     torch.testing.assert_close(decay_of(second, optimizer), decay())
 
 
+def test_a_row_that_is_padding_to_some_of_the_tables_that_share_it_is_data():
+    first, second = table(4, padding_idx=1), table(4)
+    second.weight = first.weight
+    with torch.no_grad():
+        first.weight.fill_(1.0)
+    before = first.weight.detach().clone()
+    decay_of(second, optim.MBASGD(second.parameters(), lr=1.0, l2=0.1))
+    torch.testing.assert_close(first.weight.detach(), before * 0.9)
+    second.padding_idx = 1
+    decay_of(second, optim.MBASGD(second.parameters(), lr=1.0, l2=0.1))
+    torch.testing.assert_close(first.weight.detach()[:3, 0], torch.tensor([0.81, 0.9, 0.81]).double())
+
+
 # ------------------------------------------------------------------------------------- what an Optimizer does
 
 
@@ -253,6 +266,22 @@ def test_tables_of_a_group_are_updated_by_one_call(name, monkeypatch):
 
 
 @EVERY_OPTIMIZER
+def test_a_group_may_hold_tables_of_several_dtypes(name):
+    dtypes = (torch.float64, torch.bfloat16, torch.float32, torch.bfloat16)
+    together = [table(dtype=dtype) for dtype in dtypes]
+    apart = copy.deepcopy(together)
+    ids = torch.tensor([1, 2, 1])
+    for tables, groups in ((together, [together]), (apart, [[t] for t in apart])):
+        optimizer = make(name, [{"params": [t.weight for t in group]} for group in groups])
+        for _ in range(2):
+            optimizer.zero_grad()
+            for t in tables:
+                loss_of(t, ids).backward()
+            optimizer.step()
+    assert bits(t.weight for t in together) == bits(t.weight for t in apart)
+
+
+@EVERY_OPTIMIZER
 def test_several_tables_are_as_many_optimizers(name):
     together, apart = [[table(9 + i, 3 + i) for i in range(4)] for _ in range(2)]
     for one, other in zip(together, apart, strict=True):
@@ -283,9 +312,25 @@ def test_a_hook_sees_the_state_that_is_loaded_as_it_is():
     optimizer = make("adam", embedding.parameters())
     train(optimizer, embedding, batches(2))
     seen = []
+    optimizer.load_state_dict(optimizer.state_dict())
     optimizer.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded["state"][0]["exp_avg"]))
     optimizer.load_state_dict(optimizer.state_dict())
     assert torch.equal(seen[0], optimizer.state[embedding.weight]["exp_avg"])
+
+
+@EVERY_OPTIMIZER
+def test_autograd_sees_what_a_step_writes(name):
+    """So a backward that needs the old values raises instead of using the new ones."""
+    embedding = table()
+    optimizer = make(name, embedding.parameters())
+    train(optimizer, embedding, batches(1))
+    written = [embedding.weight, *states(optimizer)]
+    before = [x._version for x in written]
+    loss = embedding.weight.square().sum()
+    train(optimizer, embedding, batches(1))
+    assert all(x._version > version for x, version in zip(written, before, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_what_a_state_holds_beside_the_parameters_is_loaded_as_it_is():
