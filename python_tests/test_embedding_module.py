@@ -53,8 +53,9 @@ def test_counts_can_be_occurrences():
         table.count_(torch.tensor([1]), of="rows")
 
 
-def test_counting_goes_on_from_given_counts_and_leaves_them_alone():
-    given = torch.ones(3)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.float64], ids=str)
+def test_counting_goes_on_from_given_counts_and_leaves_them_alone(dtype):
+    given = torch.ones(3, dtype=dtype)
     table = dien_ops.MBAEmbedding(3, 2, counts=given)
     table.count_(torch.tensor([2, 2]))
     assert table.counts.tolist() == [1, 1, 3] and given.tolist() == [1, 1, 1]
@@ -63,8 +64,9 @@ def test_counting_goes_on_from_given_counts_and_leaves_them_alone():
 @pytest.mark.not_on_cuda(reason=NOBODY_WAITS)
 def test_counting_an_id_out_of_range_counts_nothing():
     table = dien_ops.MBAEmbedding(3, 2, counts=torch.ones(3, dtype=torch.int64))
-    with pytest.raises(IndexError, match=r"ids must be in 0..2, got 3"):
-        table.count_(torch.tensor([[0, 3]]))
+    for wrong in (3, -1):
+        with pytest.raises(IndexError, match=f"ids must be in 0..2, got {wrong}"):
+            table.count_(torch.tensor([[0, wrong]]))
     with pytest.raises(ValueError, match="ids must be 1-D or 2-D, got 3-D"):
         table.count_(torch.zeros(1, 1, 1, dtype=torch.int64))
     assert table.counts.tolist() == [1, 1, 1]
@@ -136,6 +138,13 @@ def test_from_pretrained_starts_from_the_given_rows():
     table = dien_ops.MBAEmbedding.from_pretrained(rows, freeze=False, padding_idx=1, counts=torch.ones(4))
     assert torch.equal(table.weight, rows) and table.weight.requires_grad
     assert table.padding_idx == 1 and table.counts.tolist() == [1, 1, 1, 1]
+
+
+def test_from_pretrained_freezes_as_torch_does_and_takes_the_options():
+    options = dict(learn_counts=9, id_dropout=0.5, min_count=2)
+    table = dien_ops.MBAEmbedding.from_pretrained(torch.randn(4, 2), padding_idx=1, **options)
+    assert not table.weight.requires_grad
+    assert (table.learn_counts, table.id_dropout, table.min_count) == (9, 0.5, 2)
 
 
 def owners_of(weight: Tensor) -> list[dien_ops.MBAEmbedding]:
