@@ -72,7 +72,7 @@ def skewed_ids(count: int, rows: int) -> Tensor:
 
 
 def bits(tensors) -> list[bytes]:
-    return [t.detach().flatten().cpu().view(torch.uint8).numpy().tobytes() for t in tensors]
+    return [t.detach().flatten().contiguous().cpu().view(torch.uint8).numpy().tobytes() for t in tensors]
 
 
 class BruteForce:

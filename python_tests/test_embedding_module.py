@@ -391,10 +391,11 @@ def test_it_says_which_options_it_has():
 
 @pytest.mark.cpu_kernels
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="Linux alone has them")
-def test_a_new_weight_is_put_into_large_pages_where_the_system_grants_them():
+@pytest.mark.parametrize("of", ["weight", "counts"])
+def test_a_new_table_is_put_into_large_pages_where_the_system_grants_them(of):
     """The setting `never` refuses them; what is asked for is asked for all the same, as smaps shows."""
-    table = dien_ops.MBAEmbedding(2**16, 64)  # 16 MiB
-    address = table.weight.data_ptr() + table.weight.nbytes // 2
+    memory = getattr(dien_ops.MBAEmbedding(2**21, 2).count_(torch.tensor([1])), of)  # 16 MiB
+    address = memory.data_ptr() + memory.nbytes // 2
     flags: list[str] = []
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():

@@ -83,8 +83,9 @@ def test_an_error_of_one_table_leaves_every_bit_of_all(name, spoil, message):
             lambda value: value.float() if value.is_floating_point() else value,
             "must be torch.float64 for a weight of torch.float64, got torch.float32",
         ),
+        (lambda value: torch.stack([value, value], -1)[..., 0], "must be contiguous: it is updated in place"),
     ],
-    ids=["shape", "dtype"],
+    ids=["shape", "dtype", "strides"],
 )
 def test_state_that_does_not_fit_one_table_leaves_every_bit_of_all(name, spoil, message):
     first, second, optimizer = two_tables(name)
