@@ -218,7 +218,8 @@ def mba_sgd_(
         counts: [num_embeddings], int32, int64, float32 or float64: in how many instances of the training set
             each id occurs (:meth:`dien_ops.MBAEmbedding.count_`). Positive for every id of the mini-batch. 1
             for all where None.
-        padding_idx: an id whose row is never changed, whatever its gradient.
+        padding_idx: an id whose row is never changed, whatever its gradient; as in torch, a negative one counts from
+            the end.
         momentum_buffer: [num_embeddings, D], updated in place; needed where momentum is not 0.
         momentum: in [0, 1).
         decay: "mini_batch_aware": as above, :math:`\frac{\lambda}{n_j} w_j` is part of the gradient that the rule sees.
