@@ -127,6 +127,8 @@ def test_tables_that_share_a_weight_share_their_counts():
     second.weight = first.weight
     optimizer = optim.MBASGD(second.parameters(), lr=1.0, l2=0.1)
     torch.testing.assert_close(decay_of(second, optimizer), decay())
+    second.counts = first.counts
+    torch.testing.assert_close(decay_of(second, optimizer), decay())
     second.counts = counts() + 1
     with pytest.raises(RuntimeError, match=r"2 MBAEmbeddings share a weight .* pass the optimizer the counts to use"):
         decay_of(second, optimizer)

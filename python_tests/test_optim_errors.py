@@ -211,6 +211,11 @@ def test_parameters_that_are_no_tables_are_refused_at_once():
     assert len(optimizer.param_groups) == 1
 
 
+def test_counts_that_are_not_the_tables_are_refused_at_once():
+    with pytest.raises(RuntimeError, match=r"counts must have shape \[9\] \[num_embeddings\], got \[4\]"):
+        optim.MBASGD(table().parameters(), lr=0.1, counts=torch.ones(4))
+
+
 @pytest.mark.parametrize(
     "name, options, message",
     [
