@@ -53,6 +53,7 @@ ARGUMENTS = {
     "nonfinite must be one of 'propagate', 'skip', 'error', got None": (ValueError, dict(nonfinite=None)),
     "check_ids must be a bool, got int": (TypeError, dict(check_ids=1)),
     "seed must be an integer or None, got float": (TypeError, dict(seed=1.0)),
+    "seed must be an integer or None, got bool": (TypeError, dict(seed=True)),
     r"seed must be in -2\*\*63..2\*\*63-1, got 9223372036854775808": (ValueError, dict(seed=2**63)),
     r"grad_scale must be one float32 number, got torch.float64 of shape \[\]": (
         ValueError, dict(grad_scale=torch.ones((), dtype=F64))),
