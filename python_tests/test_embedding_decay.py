@@ -177,6 +177,18 @@ def test_catching_up_leaves_a_table_alone_that_is_lazy_no_more():
     assert bits([embedding.weight]) == before
 
 
+def test_catching_up_names_the_table_whose_state_is_incomplete():
+    embedding = table()
+    optimizer = optim.MBASGD(embedding.parameters(), lr=0.2, l2=0.3, decay="lazy")
+    give_gradient(embedding.weight, torch.tensor([1]), torch.zeros(1, 3, dtype=F64))
+    optimizer.step()
+    del optimizer.state[embedding.weight]["log_decay"]
+    before = bits([embedding.weight])
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 .*: the state must be .*log_decay, got decayed$"):
+        optimizer.catch_up_()
+    assert bits([embedding.weight]) == before
+
+
 def test_catching_up_goes_over_tables_in_pieces(monkeypatch):
     monkeypatch.setattr(optim, "_ROWS_AT_ONCE", 4)
     embedding = table(30)
