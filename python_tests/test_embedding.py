@@ -214,6 +214,15 @@ def test_autograd_sees_the_write_of_every_state():
 
 
 @EVERY_RULE
+def test_inference_tensors_are_updated_too(rule):
+    with torch.inference_mode():
+        table = Table(rule)
+        before = table.weight.clone()
+        table.update(functional, torch.tensor([1]), torch.randn(1, 5, dtype=F64))
+    assert not torch.equal(table.weight, before)
+
+
+@EVERY_RULE
 @ANY_DTYPE
 def test_a_sparse_gradient_is_taken_as_it_is(rule, dtype):
     """Not coalesced: its ids repeat."""
