@@ -322,9 +322,9 @@ void update_rows(Group g, Words all, Options options, RuleOfRows<Rule> rule, gme
     const int64_t tile = (block_index() - g.first_block[k]) * kTile;
     Arena arena;
     const Segments<T> segments(arena);
-    const Found found = find_segments(words, t, tile, segments, arena.take<int>(kThreads / kWarp, "of warps"));
-    if (options.found_inf && options.found_inf.ld(0) != 0) return;
-    if (options.skipped && options.skipped.ld(t.number) != 0) return;
+    Found found = find_segments(words, t, tile, segments, arena.take<int>(kThreads / kWarp, "of warps"));
+    if (options.found_inf && options.found_inf.ld(0) != 0) found.segments = 0;
+    if (options.skipped && options.skipped.ld(t.number) != 0) found.segments = 0;
     if (thread_index() < found.segments) prepare_row(words, t, tile, found, options, rule, segments);
     sync_block();
 
