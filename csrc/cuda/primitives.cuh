@@ -90,8 +90,9 @@ struct gmem {
     DIEN_OPS_DEVICE V ld_as(int64_t i, Site site = {}) const;
     template <typename V>
     DIEN_OPS_DEVICE void st_as(int64_t i, V value, Site site = {}) const;
-    // What ld_as loads where the condition holds, zeros elsewhere; of memory that nobody writes during the launch. Without a
-    // branch, and opaque to the compiler: no instruction touches the number, and so waits for it, before the caller's does.
+    // What ld_as loads where the condition holds, zeros elsewhere. Without a branch, and opaque to the compiler: no instruction
+    // touches the number, and so waits for it, before the caller's does; nor does the compiler see that memory is read. So
+    // nobody writes this memory during the launch, but a thread where it alone loads, what it computes from all it has loaded.
     template <typename V>
     DIEN_OPS_DEVICE V ld_if(bool condition, int64_t i, Site site = {}) const;
     // The numbers offset .. offset + n - 1; of an absent buffer, one that is absent.
