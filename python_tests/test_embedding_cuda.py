@@ -201,6 +201,12 @@ def test_a_second_update_goes_on_from_the_first_ones_state(rule):
     assert_by_hand(rule, tables, decay="decoupled")
 
 
+def test_adam_corrects_for_any_number_of_updates():
+    t = random_table(5, 3, [0, 1, 2, 3], F64)
+    t.states["step"] += torch.tensor([0, 9, 999, 2**40, 5])
+    assert_by_hand("adam", [t])
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_every_order_of_threads_gives_the_same_bits(rule, order, request):
     tables = [*tables_of_all_dims(), random_table(5, 18, in_random_order([1, 40, 7, 0, 1100]))]
@@ -210,20 +216,19 @@ def test_every_order_of_threads_gives_the_same_bits(rule, order, request):
     assert_same_bits(got, updated(rule, tables))
 
 
+@pytest.mark.parametrize("moved", ["weight", "grad", "exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("dtype", EPS, ids=str)
-def test_tensors_begin_anywhere(dtype):
-    for rule in ("adagrad", "adam"):
-        tables = [random_table(7, dim, torch.randint(7, (50,)), dtype) for dim in (4, 8, 16)]
-        aligned = updated(rule, tables)
-        for i, t in enumerate(tables):
-            for j, name in enumerate(t.states):
-                t.states[name] = begins_anywhere(t.states[name]) if (i + j) % 2 else t.states[name]
-            t.weight = begins_anywhere(t.weight) if i != 1 else t.weight
-            t.grad = begins_anywhere(t.grad) if i != 2 else t.grad
-        copies = [t.weight.clone() for t in tables]
-        update(rule, tables)
-        assert all(not torch.equal(t.weight, before) for t, before in zip(tables, copies, strict=True))
-        assert_same_bits([t.tensors() for t in tables], aligned)
+def test_each_tensor_may_begin_anywhere(dtype, moved):
+    """That one alone: the rows of the others could be moved in chunks."""
+    tables = [random_table(7, dim, torch.randint(7, (50,)), dtype) for dim in (4, 8, 16)]
+    aligned = updated("adam", tables)
+    for t in tables:
+        if moved in t.states:
+            t.states[moved] = begins_anywhere(t.states[moved])
+        else:
+            setattr(t, moved, begins_anywhere(getattr(t, moved)))
+    update("adam", tables)
+    assert_same_bits([t.tensors() for t in tables], aligned)
 
 
 def test_tables_without_numbers():
@@ -308,6 +313,16 @@ def test_rows_that_are_left_out_need_no_count():
     assert_by_hand("adam", [t], check_ids=False)
 
 
+def test_counts_are_read_in_their_own_precision():
+    counts = [
+        torch.full((4,), 2**40 + 1),
+        torch.full((4,), 0.1, dtype=F64),
+        torch.full((4,), 2**24 + 1, dtype=torch.int32),
+    ]
+    for n in counts:
+        assert_by_hand("sgd", [random_table(4, 3, [1, 2, 1], F64, counts=n)], l2=0.3 * float(n[0]))
+
+
 @pytest.mark.parametrize("decay", ["mini_batch_aware", "decoupled"])
 @pytest.mark.parametrize("rule", RULES)
 def test_long_segments_are_updated_by_every_rule(rule, decay):
@@ -347,6 +362,7 @@ def many_tables() -> list[Table]:
 
 def test_a_call_takes_more_tables_than_a_launch():
     assert_sums(many_tables())
+    assert_by_hand("adagrad", many_tables(), grad_scale=torch.tensor([4.0]))
 
 
 @pytest.mark.parametrize("number", [0, TABLES_PER_LAUNCH - 1, TABLES_PER_LAUNCH, 2 * TABLES_PER_LAUNCH + 2])
@@ -380,6 +396,14 @@ def test_whatever_is_wrong_is_found_before_any_table_changes(number):
 
 
 @pytest.mark.not_on_cuda(reason="a device-side assertion ends the process")
+def test_a_table_that_has_a_launch_for_itself_has_a_number_all_the_same():
+    tables = [random_table(5, 3, [1, 2]) for _ in range(TABLES_PER_LAUNCH + 1)]
+    tables[-1].ids[1] = 5
+    with pytest.raises(RuntimeError, match=rf"^table {TABLES_PER_LAUNCH}: ids must be in 0\.\.4, got 5 at position 1"):
+        update("sgd", tables)
+
+
+@pytest.mark.not_on_cuda(reason="a device-side assertion ends the process")
 def test_one_table_needs_no_number():
     t = random_table(5, 3, [1, 5])
     with pytest.raises(RuntimeError, match=r"^ids must be in 0\.\.4, got 5 at position 1"):
@@ -405,6 +429,23 @@ def test_a_table_with_a_gradient_that_is_not_finite_is_skipped_alone(dtype):
     assert_same_bits(got[4:], updated("adam", tables[4:]))
     tables[5].grad[1, 2] = 0
     assert not any(torch.equal(a[0], t.weight) for a, t in zip(got[4:], tables[4:], strict=True))
+
+
+@pytest.mark.parametrize("number", [3, TABLES_PER_LAUNCH, 2 * TABLES_PER_LAUNCH + 2])
+def test_of_more_tables_than_a_launch_takes_one_is_skipped_alone(number):
+    tables = many_tables()
+    expected = updated("adam", tables)
+    tables[number].grad[-1, 0] = math.nan
+    expected[number] = tables[number].tensors()
+    assert_same_bits(updated("adam", tables, nonfinite="skip"), expected)
+
+
+def test_a_gradient_of_many_blocks_is_looked_through_to_its_end():
+    """More of them than a block has threads."""
+    batch, dim = 128 * 4 * 16 + 1, 66  # 32 lanes for each row, 16 rows each
+    t = random_table(2, dim, torch.ones(batch, dtype=torch.int64))
+    t.grad[-1, -1] = math.nan
+    assert_same_bits(updated("sgd", [t], nonfinite="skip"), [t.tensors()])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -433,10 +474,20 @@ def test_tables_have_more_rows_than_32_bits_count():
     assert_same_bits([[copy.weight]], [[updated("sgd", [table], lr=1.0, l2=0.0)[0][0]]])
 
 
-def test_tables_with_more_rows_than_keys_are_refused():
-    table = Table(torch.empty(2**62 - 1, 0), torch.zeros(9, dtype=torch.int64), torch.empty(9, 0), states=NO_STATES)
+@pytest.mark.parametrize("huge_first", [True, False])
+def test_keys_and_positions_may_fill_a_word_but_not_more(huge_first):
+    """16 positions, and as many keys as the other 60 bits count: each table has one more than rows."""
+    table = exact_table(50, 3, torch.randint(50, (7,)))
+    alone = updated("sgd", [table], lr=1.0, l2=0.0)[0][0]
+
+    def update_with(rows: int) -> None:
+        huge = Table(torch.empty(rows, 0), torch.full((9,), rows - 1), torch.empty(9, 0), states=NO_STATES)
+        update("sgd", [huge, table] if huge_first else [table, huge], lr=1.0, l2=0.0)
+
     with pytest.raises(RuntimeError, match="more than 2\\^64 rows times positions"):
-        update("sgd", [table])
+        update_with(2**60 - 51)
+    update_with(2**60 - 52)
+    assert torch.equal(table.weight, alone)
 
 
 def test_a_table_has_more_numbers_than_32_bits_count():
