@@ -261,7 +261,7 @@ def test_where_found_inf_is_not_zero_nothing_changes_at_all(rule, dtype, shape):
 def test_found_inf_comes_before_what_a_gradient_would_do(rule):
     table = Table(rule)
     before = bits(table.tensors)
-    for nonfinite in ("propagate", "skip"):
+    for nonfinite in ("propagate", "skip", "error"):
         table.update(functional, *batch_with(math.inf, F64), found_inf=torch.ones(()), nonfinite=nonfinite)
         assert bits(table.tensors) == before
 

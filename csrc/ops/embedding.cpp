@@ -56,8 +56,8 @@ void update_tables(const EmbeddingArguments& a, const DecayRule& decay, const Te
         const std::vector<Table> tables = read_tables(a, decayed);
         const Numbering numbering(a.tables);
         const MiniBatch<T> batch = group_by_id<T>(tables, numbering, make_keys(tables, numbering, a.check_ids), decay);
+        if (a.found_inf.has_value() && *pointer<float>(a.found_inf) != 0) return;  // the caller knows what the gradients hold
         const std::vector<bool> skipped = skipped_tables<S>(tables, a.nonfinite);
-        if (a.found_inf.has_value() && *pointer<float>(a.found_inf) != 0) return;
 
         for (size_t i = 0; i < tables.size(); ++i) {
             if (skipped[i]) continue;
