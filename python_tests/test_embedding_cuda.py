@@ -484,7 +484,7 @@ def test_keys_and_positions_may_fill_a_word_but_not_more(huge_first):
         huge = Table(torch.empty(rows, 0), torch.full((9,), rows - 1), torch.empty(9, 0), states=NO_STATES)
         update("sgd", [huge, table] if huge_first else [table, huge], lr=1.0, l2=0.0)
 
-    with pytest.raises(RuntimeError, match="more than 2\\^64 rows times positions"):
+    with pytest.raises(RuntimeError, match="more than 2\\^64 rows times ids"):
         update_with(2**60 - 51)
     update_with(2**60 - 52)
     assert torch.equal(table.weight, alone)

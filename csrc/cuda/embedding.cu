@@ -374,7 +374,8 @@ void update_rows(Group g, Words all, Options options, RuleOfRows<Rule> rule, gme
 #pragma unroll
             for (int n = 0; n < kChunk<S>; ++n) {
                 mine.weight[n] = to_compute(loaded.v[n]);
-                sum[n] = (options.grad_scale ? sum[n] / scale : sum[n]) + of.decay.coupled * mine.weight[n];
+                if (options.grad_scale) sum[n] /= scale;
+                if (of.decay.coupled != 0) sum[n] += of.decay.coupled * mine.weight[n];  // 0 times infinite would be NaN
             }
         };
         Share<S, kStates> mine;

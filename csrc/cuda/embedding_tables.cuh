@@ -177,8 +177,8 @@ Tables place_tables(const EmbeddingCall& call) {
     }
     all.position_bits = bits_for(positions), all.key_bits = bits_for(keys < 2 ? 2 : keys);
     if (all.position_bits + all.key_bits > 64) {
-        throw std::runtime_error("a call must not have more than 2^64 rows times positions, got " + std::to_string(keys) +
-                                 " and " + std::to_string(positions));
+        throw std::runtime_error("a call must not have more than 2^64 rows times ids, got " + std::to_string(keys) + " and " +
+                                 std::to_string(positions));
     }
     all.sizes.words = positions;
     return all;

@@ -120,8 +120,8 @@ struct Numbering {
             first_position.push_back(first_position.back() + t.batch());
         }
         position_bits = std::bit_width(static_cast<uint64_t>(positions()));
-        check(row_bits() + position_bits <= 64, "the ids of one call must be fewer: ", positions(), " in tables of ", rows(),
-              " rows");
+        check(row_bits() + position_bits <= 64, "a call must not have more than 2^64 rows times ids, got ", rows(), " and ",
+              positions());
     }
     int64_t rows() const { return first_row.back(); }
     int64_t positions() const { return first_position.back(); }
