@@ -73,7 +73,7 @@ bench: $(VENV)/bench  ## times of the operators beside their rivals: bench/resul
 	  $(BENCH_RUN) --benchmark-json $$results $(BENCHMARKS); status=$$?; \
 	  [ $$status -le 1 ] && $(BIN)/python -m bench.report $$results $(README) && exit $$status
 
-bench-quick: $(VENV)/bench  ## the same with few rounds and small rows, in under a minute; writes under out/bench only
+bench-quick: $(VENV)/bench  ## the same with few rounds and small rows, in two to three minutes; writes under out/bench only
 	mkdir -p out/bench
 	$(BENCH_RUN) --quick --benchmark-json out/bench/quick.json $(BENCHMARKS); status=$$?; \
 	  [ $$status -le 1 ] && $(BIN)/python -m bench.report out/bench/quick.json && exit $$status
