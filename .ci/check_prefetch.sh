@@ -10,7 +10,7 @@ if [ "$(uname -m)" != x86_64 ]; then
 fi
 objects=$(find build -path '*-sanitize0/*dien_ops_kernels_*' -name 'embedding.cpp.o')
 [ -n "$objects" ] || { echo "no objects of csrc/cpu/embedding.cpp under build/: build first" >&2; exit 1; }
-fewest=6  # gradient, weight, and the state that each rule but one has: a loop over lines and the last line of each
+fewest=4  # gradient, weight, the rule's state and what lazy decay keeps
 for object in $objects; do
     objdump -d -C --no-show-raw-insn "$object" | awk -v fewest=$fewest -v object="$object" '
         /^[0-9a-f]+ </ { name = $0; updates = /^[0-9a-f]+ <void dien_ops::cpu::update_rows</ && !/cold/; if (updates) found[name] = 0 }
@@ -23,5 +23,8 @@ for object in $objects; do
             if (functions == 0) { print object ": no update_rows"; bad = 1 }
             exit bad
         }' >&2
+done
+for object in $(find build -path '*-sanitize0/*' \( -path '*kernels*/gru_*.cpp.o' -o -path '*dien_ops_cpu.dir/csrc/ops/embedding.cpp.o' \)); do
+    objdump -d "$object" | awk '/prefetch/ { found = 1 } END { exit !found }' || { echo "$object: no prefetch" >&2; exit 1; }
 done
 echo "rows are fetched ahead in all updates of $(echo "$objects" | wc -l) kernel objects"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, overload
 
@@ -89,7 +90,7 @@ def naming(parameter: str) -> Iterator[None]:
         raise type(error)(f"{parameter}: {error}") from error
 
 
-class MBAOptimizer(Optimizer):
+class MBAOptimizer(Optimizer, ABC):
     """What the optimizers share: options, checks, the order of a step."""
 
     _step_supports_amp_scaling = True  # a GradScaler sets self.grad_scale and self.found_inf for the time of a step
@@ -144,13 +145,13 @@ class MBAOptimizer(Optimizer):
                     values[name] = value.tensor.to(weight.device, dtype)
         super().__setstate__(state)
 
+    @abstractmethod
     def _check_options(self, group: dict[str, Any]) -> None:
         """Raises TypeError or ValueError for an option of the rule that has the wrong type or is out of its range."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
         """The last arguments of the operator."""
-        raise NotImplementedError
 
     def _check_group(self, group: dict[str, Any]) -> None:
         lr = group["lr"]

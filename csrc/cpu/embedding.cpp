@@ -28,14 +28,7 @@ namespace {
 constexpr int64_t kSegmentsAhead = 24, kRowsAhead = 8;
 constexpr int64_t kColumnVectors = 4;
 
-// Inlined always: GCC takes a function that only prefetches for one without effect, and drops the call.
-template <typename S>
-[[gnu::always_inline]] inline void prefetch(const S* row, int64_t dim) {
-    constexpr int64_t kPerCacheLine = 64 / sizeof(S);
-    for (int64_t d = 0; d < dim; d += kPerCacheLine) __builtin_prefetch(row + d);
-    if (dim > 0) __builtin_prefetch(row + dim - 1);  // rows seldom begin where a line does
-}
-
+// What the rule reads of a row.
 template <typename T>
 [[gnu::always_inline]] inline void prefetch(const Sgd<T>& rule, int64_t row, int64_t dim) {
     if (rule.momentum_buffer != nullptr) prefetch(rule.momentum_buffer + row * dim, dim);
@@ -148,12 +141,6 @@ RowwiseAdagradStep<T> step_of(const RowwiseAdagrad<T>&);
 template <typename T>
 AdamStep<T> step_of(const Adam<T>&);
 
-// Calls f(d, n) for each vector of columns: from d on, n of them there.
-template <typename T, typename F>
-void for_vectors(int64_t dim, F&& f) {
-    for (int64_t d = 0; d < dim; d += Vec<T>::kSize) f(d, dim - d < Vec<T>::kSize ? dim - d : Vec<T>::kSize);
-}
-
 // w <- kept w - step(g + coupled w) for the row w [D]. g: the summed gradient, written by whole vectors.
 template <typename S, typename Rule, typename Store, typename T = Compute<S>>
 void update_row(const Rule& rule, int64_t row, int64_t dim, RowDecay<T> decay, const T* g, S* w, Store&& store_weights) {
@@ -238,7 +225,7 @@ void update_rows(const TableUpdate<S>& update, const Rule<Compute<S>>& rule, int
             sum_rows<C>(update.grads, update.positions + segment.first, count, dim, g);
         }
         if (update.grad_scale != 1) {
-            for (int64_t d = 0; d < dim; d += Vec<T>::kSize) (Vec<T>::load(g + d) / Vec<T>(update.grad_scale)).store(g + d);
+            for_vectors<T>(dim, [&](int64_t d, int64_t) { (Vec<T>::load(g + d) / Vec<T>(update.grad_scale)).store(g + d); });
         }
         const int64_t place = (s - begin) % noise.rows();
         if (noisy && place == 0) {

@@ -29,15 +29,6 @@ void with_gate(Gate gate, F&& f) {
     }
 }
 
-// Calls f(first, lanes) for each vector of a row of n elements; the last may have fewer lanes.
-template <typename T, typename F>
-void for_vectors(int64_t n, F&& f) {
-    constexpr int64_t kSize = Vec<T>::kSize;
-    int64_t j = 0;
-    for (; j + kSize <= n; j += kSize) f(j, kSize);
-    if (j < n) f(j, n - j);
-}
-
 template <typename T, typename S>
 Vec<T> load_or_zero(const S* p, int64_t j, int64_t lanes) {
     return p != nullptr ? load<T>(p + j, lanes) : Vec<T>();
@@ -53,14 +44,6 @@ void copy_or_zero(const From* source, int64_t n, To* destination) {
         using T = std::conditional_t<std::is_same_v<From, Compute<From>>, From, To>;
         for_vectors<T>(n, [&](int64_t j, int64_t lanes) { store(load<T>(source + j, lanes), destination + j, lanes); });
     }
-}
-
-// Asks for n elements to be brought into the cache. The rows of a tile lie far apart, each but a few lines further on at every
-// step: too many streams for the processor to foresee.
-template <typename S>
-void prefetch(const S* p, int64_t n) {
-    constexpr int64_t kLine = 64 / sizeof(S);
-    for (int64_t j = 0; j < n; j += kLine) __builtin_prefetch(p + j);
 }
 
 // The distance of two rows of n elements in a buffer: an odd number of cache lines, so that rows which lie a power of two

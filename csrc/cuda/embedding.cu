@@ -432,7 +432,7 @@ void update(Stream stream, const EmbeddingCall& call, const DecayRule& decay, co
     const gmem<T> sums = {static_cast<T*>(call.sums), all.sizes.sums, "sums"};
     const auto of_windows = [&](int64_t size) {
         return [=](const Table& t) {
-            return t.batch > size && t.dim > 0 ? divide_up(windows(t.batch, size), int64_t{kThreads} / t.lanes.lanes) : 0;
+            return t.batch > size && t.dim > 0 ? divide_up(divide_up(t.batch, size), int64_t{kThreads} / t.lanes.lanes) : 0;
         };
     };
     for_groups(all.tables, of_windows(kPiece), [&](const Group& g, int64_t blocks) {

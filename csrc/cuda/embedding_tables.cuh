@@ -144,8 +144,6 @@ int bits_for(int64_t numbers) {
     return bits;
 }
 
-int64_t windows(int64_t batch, int64_t size) { return divide_up(batch, size); }
-
 template <typename S>
 Tables place_tables(const EmbeddingCall& call) {
     using T = Compute<S>;
@@ -164,7 +162,7 @@ Tables place_tables(const EmbeddingCall& call) {
         keys += t.rows + 1;
         const auto take_sums = [&](int64_t size) {
             const int64_t first = all.sizes.sums;
-            const int64_t numbers = t.batch > size ? windows(t.batch, size) * t.dim : 0;
+            const int64_t numbers = t.batch > size ? divide_up(t.batch, size) * t.dim : 0;
             all.sizes.sums += divide_up<int64_t>(numbers, kChunk<T>) * kChunk<T>;
             return first;
         };

@@ -12,8 +12,6 @@
 
 namespace dien_ops::ops {
 
-using Tensors = std::vector<Tensor>;
-
 inline Activation parse_activation(const std::string& name) {
     if (name == "sigmoid") return Activation::sigmoid;
     if (name == "prelu") return Activation::prelu;

@@ -54,7 +54,7 @@ class CudaDevice {
     // An int64 copy, checked on the device: nobody waits for it, so one outside of 0..steps is a device-side assertion.
     Tensor lengths(const Tensor& given, int64_t batch, int64_t steps) const {
         const ScalarType dtype = given.scalar_type();
-        check(dtype == ScalarType::Int || dtype == ScalarType::Long, "lengths must be int32 or int64");
+        check(is_integer(dtype), "lengths must be int32 or int64");
         const Tensor dense = checked(given, "lengths", {batch}, dtype, device_), result = empty({batch}, ScalarType::Long);
         cuda::check_lengths(stream_, dense.const_data_ptr(), dtype == ScalarType::Int, batch, steps,
                             mutable_pointer<int64_t>(result));

@@ -11,8 +11,6 @@
 
 namespace dien_ops::ops {
 
-using Tensors = std::vector<Tensor>;
-
 enum class Nonfinite { propagate, skip, error };
 
 // One table and its mini-batch. Owns what the kernels borrow.
@@ -52,8 +50,6 @@ inline Nonfinite read_nonfinite(const std::string& nonfinite) {
     check(nonfinite == "error", "nonfinite must be propagate, skip or error, got ", nonfinite);
     return Nonfinite::error;
 }
-
-inline bool is_integer(ScalarType dtype) { return dtype == ScalarType::Int || dtype == ScalarType::Long; }
 
 // The tensors of a call, but those of the rule's state.
 struct EmbeddingArguments {

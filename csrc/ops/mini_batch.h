@@ -91,7 +91,7 @@ class Table {
     }
     double decayed(int64_t id) const { return decayed_ == nullptr ? 0 : decayed_[id]; }
     // What count and decayed will read.
-    void prefetch(int64_t id) const {
+    [[gnu::always_inline]] void prefetch(int64_t id) const {  // else GCC may drop the call: cpu/simd.h
         const int64_t bytes = counts_type_ == ScalarType::Int || counts_type_ == ScalarType::Float ? 4 : 8;
         if (counts_ != nullptr) __builtin_prefetch(static_cast<const char*>(counts_) + id * bytes);
         if (decayed_ != nullptr) __builtin_prefetch(decayed_ + id);

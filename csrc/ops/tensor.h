@@ -29,6 +29,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Device;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
 
 // Throws std::runtime_error (RuntimeError in Python) with the arguments joined as the message.
 template <typename... Args>
@@ -130,13 +131,16 @@ T* mutable_pointer(const Tensor& t) {
     return static_cast<T*>(t.mutable_data_ptr());
 }
 
+// Of ids and lengths.
+inline bool is_integer(ScalarType dtype) { return dtype == ScalarType::Int || dtype == ScalarType::Long; }
+
 // The valid steps of each of the batch's rows: lengths checked to lie in 0..steps, or steps for every row where none came.
 inline std::vector<int64_t> read_lengths(const OptionalTensor& lengths, int64_t batch, int64_t steps) {
     std::vector<int64_t> result(batch, steps);
     if (!lengths.has_value()) return result;
     check_sizes(*lengths, "lengths", {batch});
     const ScalarType dtype = lengths->scalar_type();
-    check(dtype == ScalarType::Int || dtype == ScalarType::Long, "lengths must be int32 or int64");
+    check(is_integer(dtype), "lengths must be int32 or int64");
     check(lengths->is_cpu(), "lengths must be on the CPU as the other arguments are");
     const Tensor dense = lengths->is_contiguous() ? *lengths : torch::stable::contiguous(*lengths);
     for (int64_t b = 0; b < batch; ++b) {
