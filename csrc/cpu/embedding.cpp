@@ -18,6 +18,7 @@
 #include <type_traits>
 
 #include "cpu/noise.h"
+#include "cpu/prefetch.h"
 #include "cpu/scratch.h"
 #include "cpu/simd.h"
 #include "cpu/storage.h"
@@ -28,24 +29,32 @@ namespace {
 constexpr int64_t kSegmentsAhead = 24, kRowsAhead = 8;
 constexpr int64_t kColumnVectors = 4;
 
-// What the rule reads of a row.
+// What the rule reads of the first n columns of a row.
 template <typename T>
-[[gnu::always_inline]] inline void prefetch(const Sgd<T>& rule, int64_t row, int64_t dim) {
-    if (rule.momentum_buffer != nullptr) prefetch(rule.momentum_buffer + row * dim, dim);
+[[gnu::always_inline]] inline void prefetch(const Sgd<T>& rule, int64_t row, int64_t dim, int64_t n) {
+    if (rule.momentum_buffer != nullptr) prefetch(rule.momentum_buffer + row * dim, n);
 }
 template <typename T>
-[[gnu::always_inline]] inline void prefetch(const Adagrad<T>& rule, int64_t row, int64_t dim) {
-    prefetch(rule.state_sum + row * dim, dim);
+[[gnu::always_inline]] inline void prefetch(const Adagrad<T>& rule, int64_t row, int64_t dim, int64_t n) {
+    prefetch(rule.state_sum + row * dim, n);
 }
 template <typename T>
-[[gnu::always_inline]] inline void prefetch(const RowwiseAdagrad<T>& rule, int64_t row, int64_t) {
+[[gnu::always_inline]] inline void prefetch(const RowwiseAdagrad<T>& rule, int64_t row, int64_t, int64_t) {
     prefetch(rule.state_sum + row, 1);
 }
 template <typename T>
-[[gnu::always_inline]] inline void prefetch(const Adam<T>& rule, int64_t row, int64_t dim) {
-    prefetch(rule.exp_avg + row * dim, dim);
-    prefetch(rule.exp_avg_sq + row * dim, dim);
+[[gnu::always_inline]] inline void prefetch(const Adam<T>& rule, int64_t row, int64_t dim, int64_t n) {
+    prefetch(rule.exp_avg + row * dim, n);
+    prefetch(rule.exp_avg_sq + row * dim, n);
     prefetch(rule.step + row, 1);
+}
+
+// What an update reads of the first n columns of a row.
+template <typename S, typename Rule>
+[[gnu::always_inline]] inline void prefetch(const TableUpdate<S>& update, const Rule& rule, int64_t row, int64_t n) {
+    prefetch(update.weight + row * update.dim, n);
+    prefetch(rule, row, update.dim, n);
+    if (update.decayed != nullptr) prefetch(update.decayed + row, 1);
 }
 
 // sum[d ...] over kVectors vectors of columns, which stay in registers from the first row to the last. Of the last vector there
@@ -207,15 +216,16 @@ void update_rows(const TableUpdate<S>& update, const Rule<Compute<S>>& rule, int
     int64_t l = 0;
     while (l < update.num_summed && update.summed[l] < begin) ++l;
     for (int64_t s = begin; s < end; ++s) {
+        prefetch_ahead(s, begin, end, [&](int64_t ahead) __attribute__((always_inline)) {  // the pages alone
+            prefetch(update, rule, update.segments[ahead].row, std::min<int64_t>(dim, 1));
+        });
         if (s + kSegmentsAhead < end) {
             const Segment<T>& ahead = update.segments[s + kSegmentsAhead];
-            prefetch(update.weight + ahead.row * dim, dim);
+            prefetch(update, rule, ahead.row, dim);
             const int64_t rows = update.segments[s + kSegmentsAhead + 1].first - ahead.first;
             for (int64_t i = 0; i < rows && i < kRowsAhead; ++i) {  // what follows them is fetched as they are summed
                 prefetch(update.grads + update.positions[ahead.first + i] * dim, dim);
             }
-            prefetch(rule, ahead.row, dim);
-            if (update.decayed != nullptr) prefetch(update.decayed + ahead.row, 1);
         }
         const Segment<T>& segment = update.segments[s];
         if (l < update.num_summed && update.summed[l] == s) {

@@ -24,6 +24,7 @@
 #include "cpu/gemm.h"
 #include "cpu/gru.h"
 #include "cpu/gru_rows.h"
+#include "cpu/prefetch.h"
 #include "cpu/scratch.h"
 
 namespace dien_ops::cpu {

@@ -23,6 +23,7 @@
 #include "cpu/gru.h"
 #include "cpu/gru_panels.h"
 #include "cpu/gru_rows.h"
+#include "cpu/prefetch.h"
 #include "cpu/scratch.h"
 
 namespace dien_ops::cpu {

@@ -142,18 +142,6 @@ void for_vectors(int64_t n, F&& f) {
     if (j < n) f(j, n - j);
 }
 
-// Asks for all lines of n elements to be brought into the cache, where the processor cannot foresee them: rows that lie
-// anywhere, or many streams at once. Inlined always, and so must be what only calls it: GCC takes a function that does nothing
-// but prefetch for one without effect, and drops the call.
-template <typename S>
-[[gnu::always_inline]] inline void prefetch(const S* p, int64_t n) {
-    constexpr uintptr_t kLine = 64;
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(p), end = begin + n * sizeof(S);
-    for (uintptr_t line = begin / kLine * kLine; line < end; line += kLine) {
-        __builtin_prefetch(reinterpret_cast<const void*>(line));
-    }
-}
-
 // The compiler makes one instruction of the loop only where it sees the vector in memory, so the processor's is named.
 #if defined(__AVX512F__)
 inline Vec<float> sqrt(Vec<float> x) { return Vec<float>(_mm512_maskz_sqrt_ps(0xffff, x.v)); }

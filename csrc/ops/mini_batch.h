@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/embedding.h"
+#include "cpu/prefetch.h"
 #include "ops/embedding_arguments.h"
 
 namespace dien_ops::ops {
@@ -32,14 +33,21 @@ class Buffer {
     std::unique_ptr<T[]> data_;
 };
 
-// Work on 0..count-1 is shared out in blocks of this many, whatever the number of threads.
-constexpr int64_t kPerBlock = 1 << 13;
+// Work on 0..count-1 is shared out in even parts, one for each thread, which has what it wrote of a part in its cache when it
+// comes to the same part again; fewer where they would be shorter than this.
+constexpr int64_t kShortestPart = 1 << 12;
 
-// Calls f(block, begin, end) for each block of 0..count-1.
+inline int64_t parts_of(int64_t count) {
+    return std::clamp<int64_t>(divide_up(count, kShortestPart), 1, torch::stable::get_num_threads());
+}
+
+// Calls f(part, begin, end) for each of parts_of(count) parts.
 template <typename F>
-void parallel_blocks(int64_t count, F&& f) {
-    parallel_tasks(divide_up(count, kPerBlock),
-                   [&](int64_t block) { f(block, block * kPerBlock, std::min(count, (block + 1) * kPerBlock)); });
+void parallel_parts(int64_t count, F&& f) {
+    const int64_t parts = parts_of(count);
+    parallel_ranges(parts, [&](int64_t first, int64_t last) {
+        for (int64_t part = first; part < last; ++part) f(part, count * part / parts, count * (part + 1) / parts);
+    });
 }
 
 // The smallest of the numbers that threads report.
@@ -91,10 +99,16 @@ class Table {
     }
     double decayed(int64_t id) const { return decayed_ == nullptr ? 0 : decayed_[id]; }
     // What count and decayed will read.
-    [[gnu::always_inline]] void prefetch(int64_t id) const {  // else GCC may drop the call: cpu/simd.h
+    [[gnu::always_inline]] void prefetch(int64_t id) const {
         const int64_t bytes = counts_type_ == ScalarType::Int || counts_type_ == ScalarType::Float ? 4 : 8;
         if (counts_ != nullptr) __builtin_prefetch(static_cast<const char*>(counts_) + id * bytes);
         if (decayed_ != nullptr) __builtin_prefetch(decayed_ + id);
+    }
+    // Calls f with the ids, a pointer to int32_t or int64_t.
+    template <typename F>
+    void with_ids(F&& f) const {
+        if (ids_are_int32_) return f(static_cast<const int32_t*>(ids_));
+        f(static_cast<const int64_t*>(ids_));
     }
 
   private:
@@ -136,25 +150,43 @@ struct Numbering {
     int position_bits;
 };
 
-// The table that number i belongs to, where `first` holds the tables' first numbers; `from` is that of a smaller number.
-inline int64_t table_of(const std::vector<int64_t>& first, int64_t i, int64_t from = 0) {
-    while (i >= first[from + 1]) ++from;
-    return from;
+// The table that number i belongs to, where `first` holds the tables' first numbers.
+inline int64_t table_of(const std::vector<int64_t>& first, int64_t i) {
+    return std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1;
+}
+
+// Calls f(t, begin, end) for each table t's share of the numbers begin .. end - 1.
+template <typename F>
+void for_tables(const std::vector<int64_t>& first, int64_t begin, int64_t end, F&& f) {
+    while (begin < end) {
+        const int64_t t = table_of(first, begin), last = std::min(end, first[t + 1]);
+        f(t, begin, last);
+        begin = last;
+    }
 }
 
 // The keys of all positions. Throws where an id lies outside of its table and ids are to be checked.
 inline Buffer<uint64_t> make_keys(const std::vector<Table>& tables, const Numbering& numbering, bool check_ids) {
     Buffer<uint64_t> keys(numbering.positions());
     Smallest wrong;
-    parallel_blocks(numbering.positions(), [&](int64_t, int64_t begin, int64_t end) {
-        int64_t t = 0;
-        for (int64_t i = begin; i < end; ++i) {
-            t = table_of(numbering.first_position, i, t);
-            const Table& table = tables[t];
-            const int64_t id = table.id(i - numbering.first_position[t]);
-            if (check_ids && !table.has(id)) wrong.report(i);
-            keys[i] = numbering.key(table.updates(id) ? numbering.first_row[t] + id : numbering.rows(), i);
-        }
+    parallel_parts(numbering.positions(), [&](int64_t, int64_t begin, int64_t end) {
+        for_tables(numbering.first_position, begin, end, [&](int64_t t, int64_t from, int64_t to) {
+            const TableArguments& table = tables[t].arguments;
+            const int64_t rows = table.num_embeddings, padding = table.padding, none = numbering.rows();
+            const int64_t first_row = numbering.first_row[t], first_position = numbering.first_position[t];
+            tables[t].with_ids([&](const auto* ids) {
+                const auto has = [rows](int64_t id) { return id >= 0 && id < rows; };
+                bool has_all = true;
+                for (int64_t i = from; i < to; ++i) {
+                    const int64_t id = ids[i - first_position];
+                    has_all &= has(id);
+                    keys[i] = numbering.key(has(id) && id != padding ? first_row + id : none, i);
+                }
+                if (!check_ids || has_all) return;
+                const auto* const first = ids + (from - first_position);
+                wrong.report(from + (std::find_if_not(first, first + (to - from), has) - first));
+            });
+        });
     });
     if (!wrong.none()) {
         const int64_t t = table_of(numbering.first_position, wrong.value());
@@ -168,44 +200,43 @@ inline Buffer<uint64_t> make_keys(const std::vector<Table>& tables, const Number
 // Throws where the count of an id that is to be updated cannot be divided by. (Grouping checks that too, once for each row.)
 inline void check_counts(const std::vector<Table>& tables, const Numbering& numbering) {
     Smallest wrong;
-    const auto id_at = [&](int64_t i, int64_t t) { return tables[t].id(i - numbering.first_position[t]); };
-    parallel_blocks(numbering.positions(), [&](int64_t, int64_t begin, int64_t end) {
-        int64_t t = 0;
-        for (int64_t i = begin; i < end; ++i) {
-            t = table_of(numbering.first_position, i, t);
-            const int64_t id = id_at(i, t);
-            if (tables[t].updates(id) && !(tables[t].count(id) > 0)) wrong.report(i);
-        }
+    parallel_parts(numbering.positions(), [&](int64_t, int64_t begin, int64_t end) {
+        for_tables(numbering.first_position, begin, end, [&](int64_t t, int64_t from, int64_t to) {
+            for (int64_t i = from; i < to; ++i) {
+                const int64_t id = tables[t].id(i - numbering.first_position[t]);
+                if (tables[t].updates(id) && !(tables[t].count(id) > 0)) wrong.report(i);
+            }
+        });
     });
     if (wrong.none()) return;
     const int64_t t = table_of(numbering.first_position, wrong.value());
-    tables[t].refuse_count(id_at(wrong.value(), t));
+    tables[t].refuse_count(tables[t].id(wrong.value() - numbering.first_position[t]));
 }
 
 // Sorts by the bits from `low` on, where keys of equal bits there are in order already: a radix sort from the lowest digit up,
-// whose passes run over blocks in parallel.
+// whose passes run over parts in parallel.
 inline void sort_keys(Buffer<uint64_t>& keys, int64_t n, int low, int bits) {
     constexpr int64_t kFew = 256;
     if (n <= kFew) return std::sort(keys.data(), keys.data() + n);
-    constexpr int kMostDigitBits = 11;
+    constexpr int kMostDigitBits = 12;
     const int passes = static_cast<int>(divide_up(bits, kMostDigitBits));
     const int digit_bits = passes > 0 ? static_cast<int>(divide_up(bits, passes)) : 0;
-    const int64_t digits = int64_t{1} << digit_bits, blocks = divide_up(n, kPerBlock);
+    const int64_t digits = int64_t{1} << digit_bits, parts = parts_of(n);
     Buffer<uint64_t> sorted(n);
-    Buffer<int64_t> offsets(blocks * digits);  // where a block's next key of each digit goes
+    Buffer<int64_t> offsets(parts * digits);  // where a part's next key of each digit goes
     for (int pass = 0; pass < passes; ++pass) {
         const auto digit = [&, shift = low + pass * digit_bits](uint64_t key) { return (key >> shift) & (digits - 1); };
-        parallel_blocks(n, [&](int64_t block, int64_t begin, int64_t end) {
-            int64_t* const counts = offsets.data() + block * digits;
+        parallel_parts(n, [&](int64_t part, int64_t begin, int64_t end) {
+            int64_t* const counts = offsets.data() + part * digits;
             std::fill_n(counts, digits, 0);
             for (int64_t i = begin; i < end; ++i) ++counts[digit(keys[i])];
         });
         int64_t total = 0;
         for (int64_t d = 0; d < digits; ++d) {
-            for (int64_t block = 0; block < blocks; ++block) total += std::exchange(offsets[block * digits + d], total);
+            for (int64_t part = 0; part < parts; ++part) total += std::exchange(offsets[part * digits + d], total);
         }
-        parallel_blocks(n, [&](int64_t block, int64_t begin, int64_t end) {
-            int64_t* const next = offsets.data() + block * digits;
+        parallel_parts(n, [&](int64_t part, int64_t begin, int64_t end) {
+            int64_t* const next = offsets.data() + part * digits;
             for (int64_t i = begin; i < end; ++i) sorted[next[digit(keys[i])]++] = keys[i];
         });
         keys.swap(sorted);
@@ -229,47 +260,61 @@ MiniBatch<T> group_by_id(const std::vector<Table>& tables, const Numbering& numb
                          const DecayRule& decay) {
     const int64_t n = numbering.positions();
     sort_keys(keys, n, numbering.position_bits, numbering.row_bits());
+    std::vector<int64_t> first_key;  // of each table, and at the end how many belong to any
+    for (const int64_t row : numbering.first_row) {
+        const auto before_row = [&](uint64_t key) { return numbering.row(key) < row; };
+        first_key.push_back(std::partition_point(keys.data(), keys.data() + n, before_row) - keys.data());
+    }
+    const int64_t kept = first_key.back();
     const auto row_at = [&](int64_t i) { return numbering.row(keys[i]); };
-    const auto updated = [&](uint64_t key) { return numbering.row(key) < numbering.rows(); };
-    const int64_t kept = std::partition_point(keys.data(), keys.data() + n, updated) - keys.data();
-    const auto is_first = [&](int64_t i) { return i == 0 || row_at(i - 1) != row_at(i); };
 
-    std::vector<int64_t> before(divide_up(kept, kPerBlock) + 1, 0);  // segments that begin before each block
-    parallel_blocks(kept, [&](int64_t block, int64_t begin, int64_t end) {
-        int64_t found = 0;
-        for (int64_t i = begin; i < end; ++i) found += is_first(i);
-        before[block + 1] = found;
+    Buffer<int64_t> positions(kept), starts(kept);  // starts: the first keys of the segments, each part's from its begin on
+    std::vector<int64_t> before(parts_of(kept) + 1, 0);  // segments that begin before each part
+    parallel_parts(kept, [&](int64_t part, int64_t begin, int64_t end) {
+        int64_t found = 0, previous = begin > 0 ? row_at(begin - 1) : -1;
+        for_tables(first_key, begin, end, [&](int64_t t, int64_t from, int64_t to) {
+            const int64_t first_position = numbering.first_position[t];
+            for (int64_t i = from; i < to; ++i) {
+                const uint64_t key = keys[i];
+                const int64_t row = numbering.row(key);
+                positions[i] = numbering.position(key) - first_position;
+                starts[begin + found] = i;  // the next one overwrites it unless it is a first: nothing to be foretold
+                found += row != previous;
+                previous = row;
+            }
+        });
+        before[part + 1] = found;
     });
     std::partial_sum(before.begin(), before.end(), before.begin());
 
     const int64_t count = before.back();
-    MiniBatch<T> batch{.segments = Buffer<cpu::Segment<T>>(count + 1), .positions = Buffer<int64_t>(kept)};
+    MiniBatch<T> batch{.segments = Buffer<cpu::Segment<T>>(count + 1), .positions = std::move(positions)};
     std::vector<std::vector<int64_t>> long_ones(before.size());
     Smallest wrong;
-    parallel_blocks(kept, [&](int64_t block, int64_t begin, int64_t end) {
+    parallel_parts(kept, [&](int64_t part, int64_t begin, int64_t) {
+        const auto start_of = [&](int64_t s) { return starts[begin + s - before[part]]; };
         constexpr int64_t kAhead = 64;
-        int64_t t = 0, s = before[block];
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t row = row_at(i);
-            t = table_of(numbering.first_row, row, t);
-            batch.positions[i] = numbering.position(keys[i]) - numbering.first_position[t];
-            if (i + kAhead < end && row_at(i + kAhead) < numbering.first_row[t + 1]) {
-                tables[t].prefetch(row_at(i + kAhead) - numbering.first_row[t]);
+        int64_t t = 0;
+        for (int64_t s = before[part]; s < before[part + 1]; ++s) {
+            const int64_t i = start_of(s);
+            if (i >= first_key[t + 1]) t = table_of(first_key, i);
+            const Table& table = tables[t];
+            const int64_t first_row = numbering.first_row[t], row = row_at(i), id = row - first_row;
+            if (s + kAhead < before[part + 1]) {
+                const int64_t ahead = start_of(s + kAhead);
+                if (ahead < first_key[t + 1]) table.prefetch(row_at(ahead) - first_row);
             }
-            if (!is_first(i)) continue;
-            const int64_t id = row - numbering.first_row[t];
-            const double n_j = tables[t].count(id);
+            const double n_j = table.count(id);
             if (!(n_j > 0)) wrong.report(s);
-            if (i + kPiece < kept && row_at(i + kPiece) == row) long_ones[block].push_back(s);
-            const auto of_row = decay.of_row<T>(n_j, tables[t].arguments.log_decay, tables[t].decayed(id));
-            batch.segments[s++] = {id, i, of_row};
+            if (i + kPiece < kept && row_at(i + kPiece) == row) long_ones[part].push_back(s);
+            batch.segments[s] = {id, i, decay.of_row<T>(n_j, table.arguments.log_decay, table.decayed(id))};
         }
     });
     batch.segments[count] = {-1, kept, {}};
-    for (const auto& of_block : long_ones) batch.long_ones.insert(batch.long_ones.end(), of_block.begin(), of_block.end());
-    for (const int64_t row : numbering.first_row) {
-        const auto before_row = [&](const cpu::Segment<T>& s) { return row_at(s.first) < row; };
-        batch.first.push_back(std::partition_point(batch.segments.data(), batch.segments.data() + count, before_row) -
+    for (const auto& of_part : long_ones) batch.long_ones.insert(batch.long_ones.end(), of_part.begin(), of_part.end());
+    for (const int64_t first : first_key) {
+        const auto before_first = [&](const cpu::Segment<T>& s) { return s.first < first; };
+        batch.first.push_back(std::partition_point(batch.segments.data(), batch.segments.data() + count, before_first) -
                               batch.segments.data());
     }
     if (!wrong.none()) {
@@ -326,7 +371,7 @@ int64_t first_nonfinite(const Table& table) {
     const int64_t dim = table.arguments.dim;
     Smallest found;
     cpu::with_capability([&](auto target) {
-        parallel_blocks(table.arguments.batch(), [&](int64_t, int64_t begin, int64_t end) {
+        parallel_parts(table.arguments.batch(), [&](int64_t, int64_t begin, int64_t end) {
             if (cpu::all_finite<target()>(grads + begin * dim, (end - begin) * dim)) return;
             for (int64_t i = begin; i < end; ++i) {
                 if (table.updates(table.id(i)) && !cpu::all_finite<target()>(grads + i * dim, dim)) return found.report(i);
