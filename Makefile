@@ -38,7 +38,7 @@ test: $(VENV)/dien_ops  ## all tests, and the package's own check of this machin
 	$(MAKE) test-cuda-host
 
 # The CUDA kernels as C++, in a build tree of their own. The argument: with sanitizers, ON or OFF.
-HOST_EXECUTOR_TESTS := $(foreach name,host_executor cuda_primitives gru* attention activation_unit* dice aux_loss embedding* optim*,$(wildcard python_tests/test_$(name).py))
+HOST_EXECUTOR_TESTS := $(foreach name,host_executor cuda_primitives gru* attention* activation_unit* dice* aux_loss embedding* optim*,$(wildcard python_tests/test_$(name).py))
 host_executor = build/host-executor-sanitize-$(1)/libdien_ops_cuda_host.so
 define build_host_executor
 	$(BIN)/cmake -S . -B $(dir $(host_executor)) -G Ninja --log-level=NOTICE -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
@@ -97,13 +97,13 @@ SANITIZED := LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-
   PYTHONPATH=build/sanitized $(BIN)/pytest -p no:cacheprovider
 WITHOUT_COMPILER := not opcheck and not compile and not export and not inductor
 # Of the CUDA kernels' tests not those that repeat one path many times, nor those of what is above the kernels.
-SANITIZED_HOST_TESTS := $(filter-out %_drop_in.py %_module.py %_transforms.py %_weights.py,$(HOST_EXECUTOR_TESTS))
+SANITIZED_HOST_TESTS := $(filter-out %_drop_in.py %gru_module.py %embedding_module.py %_transforms.py %_weights.py,$(HOST_EXECUTOR_TESTS))
 ONCE := not errs_at_most and not gradcheck and not order_of_threads
 
 sanitize: $(VENV)/dien_ops  ## the tests of all kernels on a sanitized build, those of the CUDA kernels too
 	DIEN_OPS_SANITIZE=1 DIEN_OPS_CUDA=off \
 	  $(PIP) install --quiet --no-build-isolation --no-deps --upgrade --target build/sanitized .
-	$(SANITIZED) -k "$(WITHOUT_COMPILER)" $(PYTEST) $(foreach name,bench gpu_check examples package,--ignore python_tests/test_$(name).py)
+	$(SANITIZED) -k "$(WITHOUT_COMPILER)" $(PYTEST) $(foreach name,bench bench_rivals gpu_check examples package,--ignore python_tests/test_$(name).py)
 	$(call build_host_executor,ON)
 	$(SANITIZED) -k "$(WITHOUT_COMPILER) and $(ONCE)" --host-executor $(call host_executor,ON) $(SANITIZED_HOST_TESTS) $(PYTEST)
 

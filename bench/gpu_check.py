@@ -163,7 +163,7 @@ def stages(architecture: str, result: Path) -> list[Stage]:
     """What comes after DEVICE; the benchmarks, which are last, write their result."""
     names = (
         f"test_{column}.py"
-        for column in ("gru*", "attention", "activation_unit*", "dice", "aux_loss", "embedding*", "optim*")
+        for column in ("gru*", "attention*", "activation_unit*", "dice*", "aux_loss", "embedding*", "optim*")
     )
     tests = sorted(str(path.relative_to(ROOT)) for name in names for path in (ROOT / "python_tests").glob(name))
     primitives = ["--cuda-test-library", str(TEST_LIBRARY), "python_tests/test_cuda_primitives.py"]

@@ -3,23 +3,20 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dien_ops
-from dien_ops import _precision, functional, reference
+from attention_cases import F64, arguments, results
+from dien_ops import functional, reference
 from helpers import (
     assert_at_most_twice_torchs_error,
     assert_close,
     begins_anywhere,
     gradients,
     leaf,
-    rounded_to_tf32,
-    run_python,
     second_derivatives,
     spread_lengths,
     with_threads,
@@ -34,21 +31,6 @@ SIZES = [
 # What the CUDA kernels take apart: steps, targets, columns and rows of several blocks, and rows of several passes.
 LARGE_SIZES = [(2, 6, 70, 36, 70), (2, 37, 5, 70, 4), (3, 2, 40, 140, 5), (300, None, 2, 3, 5), (33, 5, 3, 6, 4)]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
-F64 = torch.float64
-
-
-def arguments(sizes: tuple[int, int | None, int, int, int], dtype: torch.dtype = F64) -> list[Tensor]:
-    B, C, T, H, A = sizes
-    return [
-        leaf(B, T, H, dtype=dtype),
-        leaf(B, *([] if C is None else [C]), A, dtype=dtype),
-        leaf(H, A, dtype=dtype),
-    ]
-
-
-def results(module, arguments: list[Tensor], lengths: Tensor | None) -> list[Tensor]:
-    scores = module.bilinear_attention(*arguments, lengths=lengths)
-    return [scores.detach(), *gradients([scores], arguments)]
 
 
 @pytest.mark.parametrize("with_lengths", [False, True])
@@ -307,66 +289,6 @@ def test_logits_of_a_new_module_have_unit_variance():
     assert logits.var().item() == pytest.approx(1, rel=0.15)
 
 
-INTEGERS, DOUBLES = torch.zeros(2, 4, 3, dtype=torch.long), torch.zeros(3, 5, dtype=F64)
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "change"),
-    [
-        (TypeError, "target must be a Tensor, got NoneType", {"target": None}),
-        (ValueError, r"states must be 3-D, got 2-D of shape \[4, 3\]", {"states": torch.zeros(4, 3)}),
-        (ValueError, "states must be float32, float64, bfloat16 or float16, got int64", {"states": INTEGERS}),
-        (ValueError, "weight must have the dtype of states: expected torch.float32, got", {"weight": DOUBLES}),
-        (ValueError, "target must have the dtype of states: expected torch.float32, got", {"target": DOUBLES[:2]}),
-        (TypeError, "states must be a Tensor, got NoneType", {"states": None}),
-        (TypeError, "weight must be a Tensor, got NoneType", {"weight": None}),
-        (ValueError, r"target must be 2-D or 3-D, got 1-D of shape \[5\]", {"target": torch.zeros(5)}),
-        (ValueError, r"weight must be 2-D, got 1-D of shape \[3\]", {"weight": torch.zeros(3)}),
-        (RuntimeError, r"weight must have shape \[3, 5\] \[H, A\], got \[5, 3\]", {"weight": torch.zeros(5, 3)}),
-        (RuntimeError, "target must have the batch size of states, 2, got 3", {"target": torch.zeros(3, 5)}),
-        (RuntimeError, r"lengths must have shape \[2\] \[B\], got \[3\]", {"lengths": INTEGERS[0, :3, 0]}),
-    ],
-)  # fmt: skip
-def test_a_wrong_argument_is_named(error, message, change):
-    given = {"states": torch.zeros(2, 4, 3), "target": torch.zeros(2, 5), "weight": torch.zeros(3, 5)}
-    given |= {name: x.to(given["states"].device) if isinstance(x, Tensor) else x for name, x in change.items()}
-    with pytest.raises(error, match=message):
-        functional.bilinear_attention(**given)
-
-
-@pytest.mark.not_on_cuda(reason="a kernel finds it there, and the process loses the GPU: see the end of this file")
-@pytest.mark.parametrize("wrong", [-1, 5])
-def test_a_length_outside_of_the_steps_is_named(wrong):
-    with pytest.raises(RuntimeError, match=rf"lengths must be in 0..4 \(T\), got {wrong} at row 1"):
-        functional.bilinear_attention(
-            torch.zeros(2, 4, 3), torch.zeros(2, 5), torch.zeros(3, 5), lengths=torch.tensor([0, wrong])
-        )
-
-
-def test_what_autocast_makes_of_a_wrong_argument_is_named_too():
-    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
-        with pytest.raises(TypeError, match="target must be a Tensor, got NoneType"):
-            functional.bilinear_attention(torch.zeros(2, 4, 3), None, torch.zeros(3, 5))
-        with pytest.raises(
-            ValueError, match=r"weight must have the dtype of states: expected torch\.bfloat16 or torch\.float32"
-        ):
-            functional.bilinear_attention(torch.zeros(2, 4, 3), torch.zeros(2, 5), torch.zeros(3, 5, dtype=F64))
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "sizes"),
-    [
-        (ValueError, "hidden_size must be greater than zero, got 0", (0, 3)),
-        (ValueError, "target_size must be greater than zero, got -1", (3, -1)),
-        (TypeError, "hidden_size must be an int, got float", (3.0, 3)),
-        (TypeError, "target_size must be an int, got NoneType", (3, None)),
-    ],
-)
-def test_the_module_refuses_a_wrong_size(error, message, sizes):
-    with pytest.raises(error, match=message):
-        dien_ops.BilinearAttention(*sizes)
-
-
 # --------------------------------------------------------------------------------- the scores' way to the attentional GRU
 
 
@@ -456,160 +378,3 @@ def test_attention_in_the_other_layout_has_its_gradient_in_that_layout(batch_fir
         ),
         test_utils=["test_schema", "test_faketensor"],
     )  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------- the CUDA kernels alone
-
-ON_CUDA = pytest.mark.usefixtures("cuda_kernels")
-
-
-class Tf32Product(torch.autograd.Function):
-    """x y of float64 as a matrix unit makes it, and its gradients: operands of 11 bits, sums as good as float64's."""
-
-    @staticmethod
-    def forward(ctx, x, y):
-        ctx.save_for_backward(x, y)
-        return rounded_to_tf32(x) @ rounded_to_tf32(y)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, y = map(rounded_to_tf32, ctx.saved_tensors)
-        grad = rounded_to_tf32(grad)
-        return grad @ y.transpose(-1, -2), x.transpose(-1, -2) @ grad
-
-
-@ON_CUDA
-@pytest.mark.parametrize("sizes", [(5, None, 20, 36, 18), (4, 9, 30, 20, 12), (3, 40, 9, 33, 7)])
-def test_tf32_errs_at_most_twice_as_much_as_its_rounding(sizes, monkeypatch):
-    monkeypatch.setattr(_precision, "allow_tf32", lambda input, backend: input.dtype == torch.float32)
-    batch, size = sizes[0], sizes[4]
-
-    class Rounded:
-        @staticmethod
-        def bilinear_attention(states, target, weight, lengths):
-            several = target.view(batch, -1, size)
-            projected = Tf32Product.apply(several.flatten(0, 1), weight.T).view(batch, -1, weight.size(0))
-            scores = torch.softmax(Tf32Product.apply(projected, states.transpose(1, 2)), -1)
-            return scores if target.dim() == 3 else scores.squeeze(1)
-
-    def draw():
-        low = arguments(sizes, torch.float32)
-        exact = [x.detach().double().requires_grad_() for x in low]
-        rounded = [x.float() for x in results(Rounded, exact, None)]
-        return results(functional, low, None), rounded, results(reference, exact, None)
-
-    assert_at_most_twice_torchs_error(draw() for _ in range(5))
-
-
-@ON_CUDA
-@pytest.mark.parametrize("sizes", [(5, None, 20, 36, 18), (4, 9, 30, 20, 12)])
-def test_float32_is_rounded_to_tf32_only_where_that_is_allowed(sizes, monkeypatch):
-    given = arguments(sizes, torch.float32)
-    exact = results(reference, [x.detach().double().requires_grad_() for x in given], None)
-    errors = []
-    for allowed in (False, True):
-        monkeypatch.setattr(_precision, "allow_tf32", lambda input, backend, allowed=allowed: allowed)
-        pairs = zip(results(functional, given, None), exact, strict=True)
-        errors.append(max(float((a - e).abs().max() / e.abs().max()) for a, e in pairs))
-    assert errors[0] < 5e-6 and 20 * errors[0] < errors[1]
-
-
-@pytest.mark.parametrize(
-    "sizes, shared_bytes",
-    [
-        ((2, 3, 1600, 4, 3), 24 << 10),  # too many steps
-        ((2, 40, 120, 6, 3), 24 << 10),
-        ((2, 9, 400, 6, 3), 24 << 10),
-        ((2, 3, 5, 3000, 3), 32 << 10),  # too large a state
-    ],
-)
-def test_what_does_not_fit_on_the_chip_is_in_global_memory(sizes, shared_bytes, set_executor):
-    given, lengths = arguments(sizes, torch.float32), spread_lengths(sizes[0], sizes[2])
-    set_executor(check=False)
-    expected = results(functional, given, lengths)
-    set_executor(shared_bytes=shared_bytes)  # finds blocks that share their part of it, too
-    found = results(functional, given, lengths)
-    if sizes[3] < 3000:
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    else:  # as products of tiles
-        assert not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        assert_close(found, expected, 1e-5)
-
-
-@pytest.mark.parametrize("targets", [1, 6])
-def test_blocks_that_run_together_do_not_share_their_part_of_global_memory(targets, on_device):
-    # 240 KB of logits for each target, which no GPU of today has on the chip; the executor runs one block after the other
-    given, lengths = arguments((150, targets, 30_000, 4, 3)), torch.arange(150) * 200
-    assert_close(results(functional, given, lengths), results(reference, given, lengths))
-
-
-ORDERED_SIZES = [(3, None, 9, 10, 6), (3, 4, 9, 140, 5), (2, 7, 70, 9, 5), (2, 34, 9, 9, 5), (130, 1, 2, 3, 2)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bits_do_not_depend_on_the_order_of_threads(dtype, set_executor, monkeypatch):
-    monkeypatch.setattr(_precision, "allow_tf32", lambda input, backend: input.dtype == torch.float32)
-    every = [(arguments(sizes, dtype), spread_lengths(sizes[0], sizes[2])) for sizes in ORDERED_SIZES]
-    expected = [results(functional, *one) for one in every]
-    for order, seed in [("in_order", 0), ("reverse", 0), *itertools.product(["shuffled", "skewed"], range(2))]:
-        set_executor(order=order, seed=seed)
-        for one, same in zip(every, expected, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(results(functional, *one), same, strict=True))
-
-
-@ON_CUDA
-@pytest.mark.parametrize("sizes", [(3, None, 9, 10, 6), (7, 40, 9, 10, 5), (7, 40, 10, 9, 5), (7, 5, 70, 8, 4)])
-def test_memory_that_nobody_wrote_is_never_read(sizes):
-    given, lengths = arguments(sizes), spread_lengths(sizes[0], sizes[2])
-    torch.use_deterministic_algorithms(True)  # fills such memory with NaN
-    try:
-        found = results(functional, given, lengths)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_close(found, results(reference, given, lengths))
-
-
-def step(given: list[Tensor], lengths: Tensor) -> list[Tensor]:
-    """As results gives it, but without anything from the CPU."""
-    scores = functional.bilinear_attention(*given, lengths=lengths)
-    return [scores, *torch.autograd.grad(scores, given, torch.ones_like(scores))]
-
-
-@pytest.mark.parametrize("targets", [1, 40])
-def test_a_training_step_replays_from_a_cuda_graph(on_device, targets):
-    sizes = (40, targets, 9, 36, 18)
-    given, lengths = arguments(sizes, torch.float32), spread_lengths(40, 9)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(given, lengths)  # allocations and modules before the capture
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(given, lengths)
-    other, other_lengths = arguments(sizes, torch.float32), spread_lengths(40, 9)
-    with torch.no_grad():
-        for to, x in zip([*given, lengths], [*other, other_lengths], strict=True):
-            to.copy_(x)
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, step(other, other_lengths), strict=True))
-
-
-def test_nothing_waits_for_the_device(on_device):
-    given, lengths = arguments((9, 6, 9, 36, 18), torch.float32), spread_lengths(9, 9)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(given, lengths)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def test_a_length_beyond_the_steps_is_named_before_the_context_is_lost(on_device):
-    code = """
-import torch, dien_ops
-attention = dien_ops.BilinearAttention(3, 5).cuda()
-attention(torch.zeros(2, 4, 3, device="cuda"), torch.zeros(2, 5, device="cuda"), lengths=torch.tensor([4, 7]).cuda())
-torch.cuda.synchronize()
-"""
-    done = run_python(code)
-    assert "lengths must be in 0..4 (T), got 7 at row 1" in done.stdout and "device-side assert" in done.stderr

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dice (DIN eq. 9): the kernels against reference.py, its statistics, its module. On the CPU kernels, and with
+"""Dice (DIN eq. 9): the kernels against reference.py, its statistics. On the CPU kernels, and with
 `--host-executor` or `--device cuda` on the CUDA kernels."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import dien_ops
+from dice_cases import F64, LOW, arguments, results, running
 from dien_ops import functional, reference
 from helpers import (
     assert_at_most_twice_torchs_error,
@@ -19,7 +19,6 @@ from helpers import (
     assert_same_bits,
     begins_anywhere,
     gradients,
-    here,
     leaf,
     run_python,
     second_derivatives,
@@ -41,25 +40,6 @@ SHAPES = [
     (40, 50, 19),
     (7, 3, 260),
 ]
-F64 = torch.float64
-LOW = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def arguments(shape: tuple[int, ...], affine: bool = True, dtype: torch.dtype = F64) -> dict[str, Tensor]:
-    result = {"input": leaf(*shape, dtype=dtype), "alpha": leaf(shape[-1], dtype=dtype)}
-    if affine:
-        result |= {"weight": leaf(shape[-1], dtype=dtype), "bias": leaf(shape[-1], dtype=dtype)}
-    return result
-
-
-def running(channels: int, dtype: torch.dtype = F64) -> dict[str, Tensor]:
-    mean, var = torch.linspace(-1, 1, channels, dtype=dtype), torch.linspace(0.5, 2, channels, dtype=dtype)
-    return {"running_mean": mean, "running_var": var}
-
-
-def results(module, arguments: dict[str, Tensor], **options) -> list[Tensor]:
-    output = module.dice(**arguments, **options)
-    return [output.detach(), *gradients([output], [x for x in arguments.values() if x.requires_grad])]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -353,25 +333,6 @@ for shape in ((130, 36), (9, 7, 5), (40, 1), (20, 130)):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64], ids=str)
-def test_the_order_of_threads_changes_no_bit(dtype, set_executor):
-    cases = [(arguments(shape, dtype=dtype), shape) for shape in ((70, 16), (130, 5), (9, 7, 24), (3, 4, 1))]
-
-    def run() -> list[Tensor]:
-        found = []
-        for given, shape in cases:
-            lengths = spread_lengths(*shape[:2]).sort().values if len(shape) == 3 else None
-            for training in (True, False):
-                averages = {} if training else running(shape[-1])
-                found += results(functional, given | averages, training=training, lengths=lengths)
-        return found
-
-    expected = run()
-    for order, seed in [("reverse", 0), *itertools.product(["shuffled", "skewed"], range(2))]:
-        set_executor(order=order, seed=seed, multiprocessors=1)
-        assert_same_bits(run(), expected)
-
-
 def test_memory_that_nobody_wrote_is_never_read():
     given = arguments((9, 7, 5))
     lengths = spread_lengths(9, 7)
@@ -382,321 +343,3 @@ def test_memory_that_nobody_wrote_is_never_read():
         torch.use_deterministic_algorithms(False)
     expected = [*results(reference, given, lengths=lengths), *results(reference, given | running(5), training=False)]
     assert_close(found, expected)
-
-
-# ------------------------------------------------------------------------------------------------- on a device only
-
-
-def step(given: dict[str, Tensor], averages: dict[str, Tensor], lengths: Tensor | None) -> list[Tensor]:
-    output = functional.dice(**given, **averages, lengths=lengths)
-    return [output, *torch.autograd.grad(output, list(given.values()), torch.ones_like(output))]
-
-
-def test_nothing_waits_for_the_device(on_device):
-    given, averages, lengths = (
-        arguments((9, 7, 24), dtype=torch.float32),
-        running(24, torch.float32),
-        spread_lengths(9, 7),
-    )
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(given, averages, lengths), step(given, averages, None)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_training_step_replays_from_a_cuda_graph(on_device, dtype):
-    given, averages, lengths = arguments((90, 7, 24), dtype=dtype), running(24, torch.float32), spread_lengths(90, 7)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(given, averages, lengths)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(given, averages, lengths)
-    other, other_lengths = arguments((90, 7, 24), dtype=dtype), spread_lengths(90, 7)
-    with torch.no_grad():
-        for name, x in given.items():
-            x.copy_(other[name])
-        lengths.copy_(other_lengths)
-    graph.replay()
-    assert_same_bits(captured, step(other, averages, other_lengths))
-
-
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_the_same_inputs_give_the_same_bits(on_device, dtype):
-    given = arguments((70_000, 80), dtype=dtype)
-    expected = results(functional, given)
-    for _ in range(5):
-        assert_same_bits(results(functional, given), expected)
-
-
-def test_a_wrong_length_is_named_before_the_context_is_lost(on_device):
-    code = """
-import torch, dien_ops
-dien_ops.Dice(3).cuda()(torch.zeros(2, 4, 3, device="cuda"), lengths=torch.tensor([4, 7], device="cuda"))
-torch.cuda.synchronize()
-"""
-    done = run_python(code)
-    assert "lengths must be in 0..4 (T), got 7 at row 1" in done.stdout and "device-side assert" in done.stderr
-
-
-# ------------------------------------------------------------------------------------------------------------- module
-
-
-class OverBatchNorm(nn.Module):
-    """Dice as public libraries build it, of torch's own modules: DeepCTR-Torch (affine, eps 1e-8) and FuxiCTR (not
-    affine, eps 1e-9, momentum 0.01)."""
-
-    def __init__(self, channels: int, **options):
-        super().__init__()
-        self.bn = nn.BatchNorm1d(channels, **options)
-        self.alpha = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, s: Tensor) -> Tensor:
-        p = torch.sigmoid(self.bn(s))
-        return p * s + self.alpha * (1 - p) * s
-
-
-@pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [
-        ({"eps": 1e-8}, {"eps": 0, "variance_eps": 1e-8, "affine": True}),
-        ({"eps": 1e-9, "momentum": 0.01, "affine": False}, {"eps": 0, "variance_eps": 1e-9, "momentum": 0.01}),
-    ],
-    ids=["deepctr_torch", "fuxictr"],
-)
-def test_the_state_of_a_public_dice_loads_and_computes_the_same(theirs, ours):
-    public, module = OverBatchNorm(7, **theirs), dien_ops.Dice(7, **ours)
-    for parameter in public.parameters():
-        nn.init.uniform_(parameter)
-    public(torch.randn(50, 7) + 1)
-    module.load_state_dict({name.removeprefix("bn."): value for name, value in public.state_dict().items()})
-    for training in (True, False, True):
-        public.train(training), module.train(training)
-        s = leaf(40, 7, dtype=torch.float32)
-        outputs = [module(s), public(s)]
-        found, expected = ([y, *torch.autograd.grad(y.square().sum(), s)] for y in outputs)
-        assert_close(found, expected, 1e-5)
-    assert_close([module.running_mean, module.running_var], [public.bn.running_mean, public.bn.running_var], 1e-6)
-    assert module.num_batches_tracked == public.bn.num_batches_tracked == 3
-
-
-def test_without_moving_averages_the_statistics_are_the_batchs_in_evaluation_too():
-    module = dien_ops.Dice(5, eps=1e-9, variance_eps=1e-9, track_running_stats=False)
-    assert list(module.state_dict()) == ["alpha"]
-    assert module.running_mean is module.running_var is module.num_batches_tracked is None
-    s = torch.randn(20, 5) + 1
-    # as DIEN's authors compute it
-    mean = s.mean(0)
-    normed = (s - mean) / (((s - mean).square().mean(0) + 1e-9).sqrt() + 1e-9)
-    p = torch.sigmoid(normed)
-    for training in (True, False):
-        assert_close([module.train(training)(s)], [p * s], 1e-6)
-    assert "track_running_stats=False" in repr(module) and "track_running_stats" not in repr(dien_ops.Dice(5))
-    module.reset_parameters()
-
-
-def test_the_form_of_dins_authors_never_leaves_mean_zero_and_variance_one():
-    module = dien_ops.Dice(5, eps=0, variance_eps=1e-3, affine=True).eval()
-    nn.init.uniform_(module.weight)
-    s = torch.randn(20, 5)
-    p = torch.sigmoid(module.weight * s / math.sqrt(1 + 1e-3))
-    assert_close([module(s)], [p * s], 1e-6)
-
-
-@pytest.mark.parametrize("dtype", LOW[1:], ids=str)
-def test_a_float32_module_takes_16_bit_input_and_keeps_float32_averages(dtype):
-    module, wide = dien_ops.Dice(5, affine=True), dien_ops.Dice(5, affine=True)
-    s = (torch.randn(3000, 5) * 0.1 + 3).to(dtype)
-    output, expected = module(s), wide(s.float())
-    assert output.dtype == dtype and module.running_mean.dtype == torch.float32
-    assert_close([output], [expected.to(dtype)], torch.finfo(dtype).eps)
-    assert_close([module.running_mean, module.running_var], [wide.running_mean, wide.running_var], 1e-6)
-    output.sum().backward()
-    assert module.alpha.grad.dtype == module.weight.grad.dtype == torch.float32
-
-
-def test_autocast_leaves_the_input_as_it_is():
-    module, s = dien_ops.Dice(5), torch.randn(8, 5)
-    with torch.autocast(s.device.type, dtype=torch.bfloat16):
-        assert module(s).dtype == torch.float32
-        assert module(s.bfloat16()).dtype == torch.bfloat16
-
-
-def test_moving_averages_follow_batch_norm():
-    ours, theirs = dien_ops.Dice(5, momentum=0.3), nn.BatchNorm1d(5, momentum=0.3, affine=False)
-    for _ in range(3):
-        s = torch.randn(8, 5) * 2 + 1
-        ours(s), theirs(s)
-    for name, value in theirs.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], value)
-
-
-def test_it_is_dice_over_batch_norm():
-    ours, theirs = dien_ops.Dice(5, affine=True, dtype=F64), nn.BatchNorm1d(5, eps=1e-12, dtype=F64)
-    nn.init.uniform_(ours.alpha)
-    for module in (ours, theirs):
-        nn.init.constant_(module.weight, 0.7), nn.init.constant_(module.bias, -0.2)
-    for training in (True, False):
-        ours.train(training), theirs.train(training)
-        s = leaf(16, 5)
-        p = torch.sigmoid(theirs(s))
-        expected = p * s + (1 - p) * ours.alpha * s
-        output = ours(s)
-        assert_close([output, *gradients([output], [s])], [expected, *gradients([expected], [s])], 1e-7)
-
-
-def test_an_empty_batch_leaves_the_moving_averages_alone():
-    module = dien_ops.Dice(3)
-    module(torch.randn(0, 3)), module(torch.randn(2, 4, 3), lengths=torch.tensor([0, 0]))
-    assert (module.running_mean == 0).all() and (module.running_var == 1).all()
-
-
-def test_in_evaluation_a_row_does_not_depend_on_its_batch():
-    module = dien_ops.Dice(6)
-    module(torch.randn(50, 6) + 1)
-    module.eval()
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    s = torch.randn(7, 6)
-    assert torch.equal(module(s)[3:4], module(s[3:4]))
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-
-
-def test_parameters_and_buffers_have_batch_norms_names():
-    assert list(dien_ops.Dice(4, affine=True).state_dict()) == [
-        "alpha", "weight", "bias", "running_mean", "running_var", "num_batches_tracked",
-    ]  # fmt: skip
-    assert [name for name, _ in dien_ops.Dice(4).named_parameters()] == ["alpha"]
-
-
-# ------------------------------------------------------------------------------------------------------------- errors
-
-
-SEQUENCES = {"input": torch.zeros(2, 4, 3)}
-HALF, DOUBLE = torch.zeros(2, 3, dtype=torch.float16), torch.zeros(3, dtype=F64)
-INTEGERS = torch.ones(3).long()
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "change"),
-    [
-        (TypeError, "input must be a Tensor, got list", {"input": [1.0]}),
-        (ValueError, r"input must be 2-D or 3-D, got 1-D of shape \[3\]", {"input": torch.zeros(3)}),
-        (ValueError, "input must be float32, float64, bfloat16 or float16, got int64", {"input": torch.zeros(2, 3).long()}),
-        (ValueError, "alpha must have the dtype of input: expected torch.float16 or torch.float32", {"input": HALF, "alpha": DOUBLE}),
-        (ValueError, "alpha must have the dtype of input: expected torch.float32", {"alpha": DOUBLE}),
-        (RuntimeError, r"alpha must have shape \[3\] \[C\], got \[4\]", {"alpha": torch.zeros(4)}),
-        (RuntimeError, r"weight must have shape \[3\] \[C\], got \[1\]", {"weight": torch.ones(1)}),
-        (TypeError, "alpha must be a Tensor, got NoneType", {"alpha": None}),
-        (ValueError, "running_mean and running_var must be given together", {"running_mean": torch.zeros(3)}),
-        (TypeError, "momentum must be a number, got NoneType", {"momentum": None}),
-        (ValueError, r"momentum must be in \[0, 1\], got 1.5", {"momentum": 1.5}),
-        (ValueError, r"momentum must be in \[0, 1\], got nan", {"momentum": math.nan}),
-        (TypeError, "eps must be a number, got str", {"eps": "1e-8"}),
-        (ValueError, "eps must be finite and >= 0, got -1", {"eps": -1}),
-        (ValueError, "running_mean and running_var are needed where training=False, got None", {"training": False}),
-        (ValueError, r"lengths need an input of shape \[B, T, C\]", {"lengths": torch.tensor([1, 1])}),
-        (ValueError, "lengths must be int32 or int64, got float32", SEQUENCES | {"lengths": torch.ones(2)}),
-        (RuntimeError, r"lengths must have shape \[2\] \[B\], got \[1\]", SEQUENCES | {"lengths": torch.tensor([1])}),
-        (RuntimeError, r"lengths must be in 0..4 \(T\), got 5 at row 1", SEQUENCES | {"lengths": torch.tensor([0, 5])}),
-        (RuntimeError, "lengths must be in 0..4 .*, got -1 at row 0", SEQUENCES | {"lengths": torch.tensor([-1, 4])}),
-    ],
-)  # fmt: skip
-def test_a_wrong_argument_is_named(error, message, change):
-    if torch.get_default_device().type == "cuda" and "0..4" in message:
-        pytest.skip("on a device nobody waits for the lengths' values")
-    given = {"input": torch.zeros(2, 3), "alpha": torch.zeros(3)} | {name: here(x) for name, x in change.items()}
-    with pytest.raises(error, match=message):
-        functional.dice(**given)
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "average"),
-    [
-        (TypeError, "{} must be a Tensor, got list", [0.0, 0.0, 0.0]),
-        (ValueError, "{} must have the dtype of input, torch.float32 or torch.float64, got torch.int64", INTEGERS),
-        (ValueError, "{} must have the dtype of input, .* got torch.float16", INTEGERS.half()),
-        (RuntimeError, r"{} must have shape \[3\] \[C\], got \[4\]", torch.ones(4)),
-        (RuntimeError, "{} must be on the device of input: expected .*, got meta", torch.ones(3, device="meta")),
-        (RuntimeError, "{} must not be an expanded tensor", torch.ones(1).expand(3)),
-    ],
-)
-@pytest.mark.parametrize("name", ["running_mean", "running_var"])
-def test_an_unusable_moving_average_is_named_and_the_other_left_alone(name, error, message, average):
-    averages, average = running(3, torch.float32), here(average)
-    before = {key: value.clone() for key, value in averages.items() if key != name}
-    with pytest.raises(error, match=message.format(name)):
-        functional.dice(torch.randn(5, 3), torch.zeros(3), **(averages | {name: average}))
-    assert all(torch.equal(averages[key], value) for key, value in before.items())
-
-
-def test_with_16_bit_input_moving_averages_may_be_float32():
-    s, alpha = torch.randn(5, 3).bfloat16(), torch.zeros(3)
-    for dtype in (torch.bfloat16, torch.float32, F64):
-        functional.dice(s, alpha, **running(3, dtype))
-    message = (
-        "running_mean must have the dtype of input, torch.bfloat16 or torch.float32 or torch.float64, got torch.float16"
-    )
-    with pytest.raises(ValueError, match=message):
-        functional.dice(s, alpha, **running(3, torch.float16))
-
-
-def test_moving_averages_may_be_float64_or_strided_and_in_evaluation_expanded():
-    s, alpha = torch.randn(5, 3), torch.zeros(3)
-    plain, wide = running(3, torch.float32), running(3)
-    strided = {name: torch.stack([value, value], -1)[:, 0] for name, value in wide.items()}
-    for averages in (plain, wide, strided):
-        functional.dice(s, alpha, **averages)
-    assert_close(list(strided.values()), list(wide.values()))
-    assert_close(list(plain.values()), [x.float() for x in wide.values()], 1e-6)
-    zero, one = torch.zeros(1), torch.ones(1)
-    expected = functional.dice(s, alpha, zero.repeat(3), one.repeat(3), training=False)
-    assert_close([functional.dice(s, alpha, zero.expand(3), one.expand(3), training=False)], [expected])
-
-
-@pytest.mark.parametrize("momentum", [0, 1])
-def test_a_momentum_of_zero_or_one_is_allowed(momentum):
-    module, s = dien_ops.Dice(3, momentum=momentum), torch.randn(9, 3) + 1
-    module(s)
-    assert_close([module.running_mean], [momentum * s.mean(0)], 1e-6)
-
-
-def test_without_eps_a_constant_channel_and_no_other_is_nan():
-    s = torch.randn(5, 2, dtype=F64)
-    s[:, 1] = 2
-    output = functional.dice(s, torch.zeros(2, dtype=F64), eps=0)
-    assert output[:, 0].isfinite().all() and output[:, 1].isnan().all()
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "options"),
-    [
-        (TypeError, "num_features must be an int, got float", {"num_features": 3.0}),
-        (ValueError, "num_features must be greater than zero, got 0", {"num_features": 0}),
-        (ValueError, "num_features must be greater than zero, got -2", {"num_features": -2}),
-        (TypeError, "eps must be a number, got NoneType", {"eps": None}),
-        (TypeError, "eps must be a number, got bool", {"eps": True}),
-        (ValueError, "eps must be finite and >= 0, got -1", {"eps": -1}),
-        (ValueError, "eps must be finite and >= 0, got inf", {"eps": math.inf}),
-        (TypeError, "momentum must be a number, got NoneType", {"momentum": None}),
-        (ValueError, r"momentum must be in \[0, 1\], got 5.0", {"momentum": 5.0}),
-        (ValueError, r"momentum must be in \[0, 1\], got -0.1", {"momentum": -0.1}),
-        (TypeError, "affine must be a bool, got int", {"affine": 1}),
-        (TypeError, "track_running_stats must be a bool, got int", {"track_running_stats": 1}),
-    ],
-)
-def test_the_module_refuses_a_wrong_option(error, message, options):
-    with pytest.raises(error, match=message):
-        dien_ops.Dice(**({"num_features": 3} | options))
-
-
-@pytest.mark.not_on_cuda(reason="there a wrong length ends the process's use of the device")
-def test_after_an_error_nothing_is_half_updated():
-    module = dien_ops.Dice(3)
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    with pytest.raises(RuntimeError, match="lengths"):
-        module(torch.zeros(2, 4, 3), lengths=torch.tensor([0, 5]))
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
