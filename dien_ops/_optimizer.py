@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
@@ -20,6 +20,17 @@ from dien_ops.embedding_table import MBAEmbedding, owners
 _NUMBERS = ("log_decay", "updates")  # state that is no tensor
 
 
+class Name(NamedTuple):
+    """What messages call a parameter."""
+
+    group: int
+    place: int  # in the group
+    weight: Tensor
+
+    def __str__(self) -> str:
+        return f"parameter {self.place} of group {self.group} (shape {list(self.weight.shape)})"
+
+
 class Table(NamedTuple):
     """A parameter with a gradient, and what a step does to it."""
 
@@ -29,7 +40,7 @@ class Table(NamedTuple):
     counts: Tensor | None
     padding_idx: int
     number: int  # of the parameter, over all groups
-    name: str  # of the parameter, for messages
+    name: Name
 
 
 class Call(NamedTuple):
@@ -82,12 +93,18 @@ def _mixed(*numbers: int) -> int:
     return z - 2**64 if z >= 2**63 else z
 
 
-@contextlib.contextmanager
-def naming(parameter: str) -> Iterator[None]:
-    try:
-        yield
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise type(error)(f"{parameter}: {error}") from error
+class naming:
+    """Errors of what is done within name the parameter."""
+
+    def __init__(self, parameter: Name) -> None:
+        self.parameter = parameter
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        if isinstance(error, (TypeError, ValueError, RuntimeError)):
+            raise type(error)(f"{self.parameter}: {error}") from error
 
 
 class MBAOptimizer(Optimizer, ABC):
@@ -236,19 +253,22 @@ class MBAOptimizer(Optimizer, ABC):
         calls = self._calls()
         if len(calls) > 1:  # else the update's own check is the first thing it does
             for call in calls:
-                with self._naming_the_culprit(call):
+                try:
                     self._check(call)
+                except RuntimeError as error:
+                    self._name_the_culprit(call, error)
+                    raise
         for call in calls:
             self._update(call, float(call.group["lr"]))
         return loss
 
-    def _parameters(self) -> Iterator[tuple[int, int, Tensor, str]]:
+    def _parameters(self) -> Iterator[tuple[int, int, Tensor, Name]]:
         """Each parameter after the number of its group and its own over all groups, with its name for messages."""
         number = 0
         for i, group in enumerate(self.param_groups):
             self._check_group(group)
             for j, weight in enumerate(group["params"]):
-                yield i, number, weight, f"parameter {j} of group {i} (shape {list(weight.shape)})"
+                yield i, number, weight, Name(i, j, weight)
                 number += 1
 
     def _calls(self) -> list[Call]:
@@ -282,17 +302,13 @@ class MBAOptimizer(Optimizer, ABC):
         """Everything that an update checks of its mini-batches."""
         torch.ops.dien_ops.mba_check(call.weights, *call.batches, self._nonfinite(call), call.group["check_ids"])
 
-    @contextlib.contextmanager
-    def _naming_the_culprit(self, call: Call) -> Iterator[None]:
-        try:
-            yield
-        except torch.AcceleratorError:  # of a kernel that ran before, any: the next call on the device is told of it
-            raise
-        except RuntimeError:
-            for table in call.tables:
-                with naming(table.name):
-                    self._check(call._replace(tables=[table]))
-            raise
+    def _name_the_culprit(self, call: Call, error: RuntimeError) -> None:
+        """Raises what a refused call said of one of its tables, with the parameter's name."""
+        if isinstance(error, torch.AcceleratorError):  # of a kernel that ran before, any: the next call is told of it
+            return
+        for table in call.tables:
+            with naming(table.name):
+                self._check(call._replace(tables=[table]))
 
     def _update(self, call: Call, lr: float, *log_decays: list[float]) -> None:
         """Updates the rows of a call's tables. State that was not there yet is kept if that succeeds."""
@@ -309,12 +325,15 @@ class MBAOptimizer(Optimizer, ABC):
             updates = [state.get("updates", 0) for state in states]
             seeds = [_mixed(group["seed"], *pair) for pair in zip(numbers, updates, strict=True)]
         decay, _ = embedding.as_computed(group["decay"], None)
-        with self._naming_the_culprit(call):
+        try:
             self._operator(
                 weights, *lists, *call.batches, seeds, *log_decays, self._scaler("grad_scale", device),
                 self._scaler("found_inf", device), decay, self._nonfinite(call), group["check_ids"], lr, call.l2,
                 *self._numbers(group),
             )  # fmt: skip
+        except RuntimeError as error:
+            self._name_the_culprit(call, error)
+            raise
         embedding.mark_written(*weights, *(tensor for tensors in lists for tensor in tensors))
         for weight, state in zip(weights, states, strict=True):
             if seeds:
