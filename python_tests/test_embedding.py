@@ -175,6 +175,20 @@ def test_the_number_of_threads_does_not_change_a_bit(rule, dtype):
     assert bits(results[0]) == bits(results[1]) == bits(results[2])
 
 
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("padding_idx", [None, 4096, 8191])
+@pytest.mark.parametrize("count", [8193, 20_000])
+def test_threads_share_out_ids_of_which_few_are_different(count, padding_idx):
+    """Two ids make up nearly all, and shares end at powers of two, where another bit of the row begins."""
+    table, ids = Table("sgd", rows=8192, dim=3), torch.full([count], 4096)
+    ids[: count // 2], ids[0], ids[-1] = 0, 8191, 8191
+    grad = torch.randn(count, 3, dtype=F64)
+    expected = table.copy().update(reference, ids, grad, padding_idx=padding_idx)
+    for threads in (1, 2, 3, 7):
+        updated = with_threads(threads, lambda: table.copy().update(functional, ids, grad, padding_idx=padding_idx))
+        assert_close(updated, expected)
+
+
 @EVERY_RULE
 def test_the_same_inputs_give_the_same_bits(rule):
     ids, grad, table = skewed_ids(5000, 300), torch.randn(5000, 24), Table(rule, rows=300, dim=24, dtype=torch.float32)

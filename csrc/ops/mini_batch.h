@@ -213,34 +213,78 @@ inline void check_counts(const std::vector<Table>& tables, const Numbering& numb
     tables[t].refuse_count(tables[t].id(wrong.value() - numbering.first_position[t]));
 }
 
-// Sorts by the bits from `low` on, where keys of equal bits there are in order already: a radix sort from the lowest digit up,
-// whose passes run over parts in parallel.
-inline void sort_keys(Buffer<uint64_t>& keys, int64_t n, int low, int bits) {
-    constexpr int64_t kFew = 256;
-    if (n <= kFew) return std::sort(keys.data(), keys.data() + n);
-    constexpr int kMostDigitBits = 12;
-    const int passes = static_cast<int>(divide_up(bits, kMostDigitBits));
+// Sorts keys by the bits from `low` on, where keys of equal bits there are in order already: a radix sort from the lowest digit
+// up. first, last: keys that none is below or above. from [n] is overwritten, the result is in to [n].
+inline void radix_sort(uint64_t* from, uint64_t* to, int64_t n, int low, uint64_t first, uint64_t last) {
+    const int most_digit_bits = std::clamp<int>(std::bit_width(static_cast<uint64_t>(n)), 8, 12);
+    first = first >> low << low;
+    const int bits = std::bit_width((last - first) >> low), passes = static_cast<int>(divide_up(bits, most_digit_bits));
     const int digit_bits = passes > 0 ? static_cast<int>(divide_up(bits, passes)) : 0;
-    const int64_t digits = int64_t{1} << digit_bits, parts = parts_of(n);
-    Buffer<uint64_t> sorted(n);
-    Buffer<int64_t> offsets(parts * digits);  // where a part's next key of each digit goes
+    const uint64_t digits = uint64_t{1} << digit_bits;
+    Buffer<int64_t> next(digits);  // where the next key of each digit goes
+    uint64_t* const result = to;
     for (int pass = 0; pass < passes; ++pass) {
-        const auto digit = [&, shift = low + pass * digit_bits](uint64_t key) { return (key >> shift) & (digits - 1); };
-        parallel_parts(n, [&](int64_t part, int64_t begin, int64_t end) {
-            int64_t* const counts = offsets.data() + part * digits;
-            std::fill_n(counts, digits, 0);
-            for (int64_t i = begin; i < end; ++i) ++counts[digit(keys[i])];
-        });
-        int64_t total = 0;
-        for (int64_t d = 0; d < digits; ++d) {
-            for (int64_t part = 0; part < parts; ++part) total += std::exchange(offsets[part * digits + d], total);
-        }
-        parallel_parts(n, [&](int64_t part, int64_t begin, int64_t end) {
-            int64_t* const next = offsets.data() + part * digits;
-            for (int64_t i = begin; i < end; ++i) sorted[next[digit(keys[i])]++] = keys[i];
-        });
-        keys.swap(sorted);
+        const auto digit = [first, digits, shift = low + pass * digit_bits](uint64_t key) {
+            return ((key - first) >> shift) & (digits - 1);
+        };
+        std::fill_n(next.data(), digits, 0);
+        for (int64_t i = 0; i < n; ++i) ++next[digit(from[i])];
+        std::exclusive_scan(next.data(), next.data() + digits, next.data(), int64_t{0});
+        for (int64_t i = 0; i < n; ++i) to[next[digit(from[i])]++] = from[i];
+        std::swap(from, to);
     }
+    if (from != result) std::copy_n(from, n, result);
+}
+
+// Sorts keys in 0..last by the bits from `low` on, where keys of equal bits there are in order already. Each thread sorts a
+// share of its own, from one key to another, so that no two write to the same lines. A sample says where the shares begin: all
+// keys are different, so shares are even however often a row comes.
+inline void sort_keys(Buffer<uint64_t>& keys, int64_t n, int low, uint64_t last) {
+    constexpr int64_t kFew = 256, kMostSamples = 1024, kSamplesPerShare = 128;
+    if (n <= kFew) return std::sort(keys.data(), keys.data() + n);
+    Buffer<uint64_t> sorted(n);
+    const int64_t parts = parts_of(n);  // and as many shares
+    if (parts == 1) {
+        radix_sort(keys.data(), sorted.data(), n, low, 0, last);
+        return keys.swap(sorted);
+    }
+    std::vector<uint64_t> samples(std::min({n, kMostSamples, parts * kSamplesPerShare}));
+    for (size_t i = 0; i < samples.size(); ++i) samples[i] = keys[n * i / samples.size()];
+    std::sort(samples.begin(), samples.end());
+    std::vector<uint64_t> first_key{0};  // of each share, and one behind the last
+    for (int64_t share = 1; share < parts; ++share) first_key.push_back(samples[samples.size() * share / parts]);
+    first_key.push_back(last + 1);
+
+    std::vector<int64_t> offsets(parts * parts);  // [share, part]: where a part's next key of a share goes
+    parallel_parts(n, [&](int64_t part, int64_t begin, int64_t end) {
+        int64_t above = end - begin;
+        for (int64_t share = 0; share < parts; ++share) {
+            const uint64_t bound = first_key[share + 1];
+            int64_t from_bound = 0;
+            for (int64_t i = begin; i < end; ++i) from_bound += keys[i] >= bound;
+            offsets[share * parts + part] = std::exchange(above, from_bound) - from_bound;
+        }
+    });
+    std::exclusive_scan(offsets.begin(), offsets.end(), offsets.begin(), int64_t{0});
+    std::vector<int64_t> first;  // place of each share, and at the end of all
+    for (int64_t share = 0; share < parts; ++share) first.push_back(offsets[share * parts]);
+    first.push_back(n);
+    parallel_parts(n, [&](int64_t part, int64_t begin, int64_t end) {
+        std::vector<int64_t> next(parts);
+        for (int64_t share = 0; share < parts; ++share) next[share] = offsets[share * parts + part];
+        for (int64_t i = begin; i < end; ++i) {
+            const uint64_t key = keys[i];
+            int64_t share = 0;
+            for (int64_t above = 1; above < parts; ++above) share += key >= first_key[above];
+            sorted[next[share]++] = key;
+        }
+    });
+    parallel_ranges(parts, [&](int64_t begin, int64_t end) {
+        for (int64_t share = begin; share < end; ++share) {
+            const int64_t place = first[share], size = first[share + 1] - place;
+            radix_sort(sorted.data() + place, keys.data() + place, size, low, first_key[share], first_key[share + 1] - 1);
+        }
+    });
 }
 
 // The distinct rows of all tables with the gradient rows that fall on each.
@@ -259,7 +303,7 @@ template <typename T>
 MiniBatch<T> group_by_id(const std::vector<Table>& tables, const Numbering& numbering, Buffer<uint64_t> keys,
                          const DecayRule& decay) {
     const int64_t n = numbering.positions();
-    sort_keys(keys, n, numbering.position_bits, numbering.row_bits());
+    sort_keys(keys, n, numbering.position_bits, numbering.key(numbering.rows(), n));
     std::vector<int64_t> first_key;  // of each table, and at the end how many belong to any
     for (const int64_t row : numbering.first_row) {
         const auto before_row = [&](uint64_t key) { return numbering.row(key) < row; };
