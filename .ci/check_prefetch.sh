@@ -10,17 +10,26 @@ if [ "$(uname -m)" != x86_64 ]; then
 fi
 objects=$(find build -path '*-sanitize0/*dien_ops_kernels_*' -name 'embedding.cpp.o')
 [ -n "$objects" ] || { echo "no objects of csrc/cpu/embedding.cpp under build/: build first" >&2; exit 1; }
-fewest=4  # gradient, weight, the rule's state and what lazy decay keeps
 for object in $objects; do
-    objdump -d -C --no-show-raw-insn "$object" | awk -v fewest=$fewest -v object="$object" '
-        /^[0-9a-f]+ </ { name = $0; updates = /^[0-9a-f]+ <void dien_ops::cpu::update_rows</ && !/cold/; if (updates) found[name] = 0 }
-        updates && /prefetch/ { ++found[name] }
+    objdump -d -C --no-show-raw-insn "$object" | awk -v object="$object" '
+        BEGIN {
+            fewest["update_rows"] = 4  # weight, and what lazy decay keeps: the pages, and then the rows
+            fewest["sum_rows"] = 1     # gradient
+        }
+        /^[0-9a-f]+ </ {
+            kernel = ""
+            for (k in fewest) if ($0 ~ "^[0-9a-f]+ <void dien_ops::cpu::" k "<" && !/cold/) kernel = k
+            name = $0
+            if (kernel != "") { found[name] = 0; kernel_of[name] = kernel }
+        }
+        kernel != "" && /prefetch/ { ++found[name] }
         END {
             for (name in found) {
-                ++functions
-                if (found[name] < fewest) { print object ": " found[name] " prefetches, expected " fewest " or more, in " name; bad = 1 }
+                ++functions[kernel_of[name]]
+                needed = fewest[kernel_of[name]]
+                if (found[name] < needed) { print object ": " found[name] " prefetches, expected " needed " or more, in " name; bad = 1 }
             }
-            if (functions == 0) { print object ": no update_rows"; bad = 1 }
+            for (k in fewest) if (!functions[k]) { print object ": no " k; bad = 1 }
             exit bad
         }' >&2
 done

@@ -26,7 +26,7 @@
 namespace dien_ops::cpu {
 namespace {
 
-constexpr int64_t kSegmentsAhead = 24, kRowsAhead = 8;
+constexpr int64_t kSegmentsAhead = 24, kRowsAhead = 24;
 constexpr int64_t kColumnVectors = 4;
 
 // What the rule reads of the first n columns of a row.
@@ -58,17 +58,18 @@ template <typename S, typename Rule>
 }
 
 // sum[d ...] over kVectors vectors of columns, which stay in registers from the first row to the last. Of the last vector there
-// are n columns, and zeros behind them: what is read soon after must be written in one piece.
+// are n columns, and zeros behind them: what is read soon after must be written in one piece. fetched: so many positions are
+// known, the last of them of what is summed next; those a while ahead are fetched.
 template <int64_t kVectors, typename S, typename T = Compute<S>>
-void sum_columns(const S* rows, const int64_t* positions, int64_t count, int64_t dim, int64_t d, int64_t n, T* sum) {
+void sum_columns(const S* rows, const int64_t* positions, int64_t count, int64_t fetched, int64_t dim, int64_t d, int64_t n,
+                 T* sum) {
     constexpr int64_t kSize = Vec<T>::kSize;
     const auto lanes = [n](int64_t v) { return v + 1 < kVectors ? kSize : n; };
-    const auto row = [&](int64_t i) { return rows + positions[i] * dim + d; };
     Vec<T> sums[kVectors];
-    for (int64_t v = 0; v < kVectors; ++v) sums[v] = load<T>(row(0) + v * kSize, lanes(v));
-    for (int64_t i = 1; i < count; ++i) {
-        if (i + kRowsAhead < count) prefetch(row(i + kRowsAhead), kVectors * kSize);
-        for (int64_t v = 0; v < kVectors; ++v) sums[v] += load<T>(row(i) + v * kSize, lanes(v));
+    for (int64_t i = 0; i < count; ++i) {
+        if (i + kRowsAhead < fetched) prefetch(rows + positions[i + kRowsAhead] * dim, dim);
+        const S* const row = rows + positions[i] * dim + d;
+        for (int64_t v = 0; v < kVectors; ++v) sums[v] += load<T>(row + v * kSize, lanes(v));
     }
     for (int64_t v = 0; v < kVectors; ++v) sums[v].store(sum + d + v * kSize);
 }
@@ -175,13 +176,21 @@ void update_row(const Rule& rule, int64_t row, int64_t dim, RowDecay<T> decay, c
 }  // namespace
 
 template <Capability C, typename S>
-void sum_rows(const S* rows, const int64_t* positions, int64_t count, int64_t dim, Compute<S>* sum) {
+void sum_rows(const S* rows, const int64_t* positions, int64_t count, int64_t known, int64_t dim, Compute<S>* sum) {
     constexpr int64_t kSize = Vec<Compute<S>>::kSize;
-    int64_t d = 0;
-    for (; d + kColumnVectors * kSize <= dim; d += kColumnVectors * kSize) {
-        sum_columns<kColumnVectors>(rows, positions, count, dim, d, kSize, sum);
+    for (int64_t d = 0; d < dim; d += kColumnVectors * kSize) {
+        const int64_t left = dim - d, fetched = d == 0 ? known : 0;
+        const int64_t n = (left - 1) % kSize + 1;  // in the last vector
+        if (left > 3 * kSize) {
+            sum_columns<4>(rows, positions, count, fetched, dim, d, left >= 4 * kSize ? kSize : n, sum);
+        } else if (left > 2 * kSize) {
+            sum_columns<3>(rows, positions, count, fetched, dim, d, n, sum);
+        } else if (left > kSize) {
+            sum_columns<2>(rows, positions, count, fetched, dim, d, n, sum);
+        } else {
+            sum_columns<1>(rows, positions, count, fetched, dim, d, n, sum);
+        }
     }
-    for (; d < dim; d += kSize) sum_columns<1>(rows, positions, count, dim, d, dim - d < kSize ? dim - d : kSize, sum);
 }
 
 template <Capability C, typename S>
@@ -222,17 +231,14 @@ void update_rows(const TableUpdate<S>& update, const Rule<Compute<S>>& rule, int
         if (s + kSegmentsAhead < end) {
             const Segment<T>& ahead = update.segments[s + kSegmentsAhead];
             prefetch(update, rule, ahead.row, dim);
-            const int64_t rows = update.segments[s + kSegmentsAhead + 1].first - ahead.first;
-            for (int64_t i = 0; i < rows && i < kRowsAhead; ++i) {  // what follows them is fetched as they are summed
-                prefetch(update.grads + update.positions[ahead.first + i] * dim, dim);
-            }
         }
         const Segment<T>& segment = update.segments[s];
         if (l < update.num_summed && update.summed[l] == s) {
             std::memcpy(g, update.sums + l++ * padded(dim), padded(dim) * sizeof(T));
         } else {
             const int64_t count = update.segments[s + 1].first - segment.first;
-            sum_rows<C>(update.grads, update.positions + segment.first, count, dim, g);
+            const int64_t known = update.segments[end].first - segment.first;
+            sum_rows<C>(update.grads, update.positions + segment.first, count, known, dim, g);
         }
         if (update.grad_scale != 1) {
             for_vectors<T>(dim, [&](int64_t d, int64_t) { (Vec<T>::load(g + d) / Vec<T>(update.grad_scale)).store(g + d); });
@@ -258,7 +264,7 @@ void update_rows(const TableUpdate<S>& update, const Rule<Compute<S>>& rule, int
     template void update_rows<kCapability>(const TableUpdate<S>&, const Adagrad<Compute<S>>&, int64_t, int64_t);        \
     template void update_rows<kCapability>(const TableUpdate<S>&, const RowwiseAdagrad<Compute<S>>&, int64_t, int64_t); \
     template void update_rows<kCapability>(const TableUpdate<S>&, const Adam<Compute<S>>&, int64_t, int64_t);           \
-    template void sum_rows<kCapability>(const S*, const int64_t*, int64_t, int64_t, Compute<S>*);                       \
+    template void sum_rows<kCapability>(const S*, const int64_t*, int64_t, int64_t, int64_t, Compute<S>*);              \
     template bool all_finite<kCapability>(const S*, int64_t);
 
 DIEN_OPS_INSTANTIATE(float)

@@ -70,9 +70,10 @@ struct Adam {
 // Room for a row that is written by whole vectors, of any instruction set.
 constexpr int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
 
-// sum [D] = the rows [., D] at positions[0] + .. + positions[count - 1], in this order; count >= 1. sum has room for padded(D).
+// sum [D] = the rows [., D] at positions[0] + .. + positions[count - 1], in this order. sum has room for padded(D). known >=
+// count: so many positions are there, the rows behind the first count being what is summed next.
 template <Capability C, typename S>
-void sum_rows(const S* rows, const int64_t* positions, int64_t count, int64_t dim, Compute<S>* sum);
+void sum_rows(const S* rows, const int64_t* positions, int64_t count, int64_t known, int64_t dim, Compute<S>* sum);
 
 // Whether none of the n numbers is infinite or NaN.
 template <Capability C, typename S>

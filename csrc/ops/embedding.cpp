@@ -37,7 +37,7 @@ std::vector<bool> skipped_tables(const std::vector<Table>& tables, Nonfinite non
             while (cpu::all_finite<target()>(row + d, 1)) ++d;
             Compute<S> value[cpu::padded(1)];
             constexpr int64_t kFirst = 0;
-            cpu::sum_rows<target()>(row + d, &kFirst, 1, 1, value);  // as a float, whatever it is stored as
+            cpu::sum_rows<target()>(row + d, &kFirst, 1, 1, 1, value);  // as a float, whatever it is stored as
             check(false, table.name, "grad must be finite, got ", value[0], " at position ", position, " (id ",
                   tables[t].id(position), "), column ", d);
         });

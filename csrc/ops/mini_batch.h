@@ -394,12 +394,14 @@ class LongSums {
         std::iota(places.begin(), places.end(), 0);
         cpu::with_capability([&](auto target) {
             parallel_tasks(pieces.size(), [&](int64_t p) {
-                cpu::sum_rows<target()>(grads, batch.positions.data() + pieces[p].begin, pieces[p].end - pieces[p].begin, dim,
+                const int64_t count = pieces[p].end - pieces[p].begin;
+                cpu::sum_rows<target()>(grads, batch.positions.data() + pieces[p].begin, count, count, dim,
                                         parts.data() + p * padded);
             });
             parallel_tasks(this->segments.size(), [&](int64_t i) {
-                cpu::sum_rows<target()>(static_cast<const T*>(parts.data()), places.data() + first[i], first[i + 1] - first[i],
-                                        padded, sums.data() + i * padded);
+                const int64_t count = first[i + 1] - first[i];
+                cpu::sum_rows<target()>(static_cast<const T*>(parts.data()), places.data() + first[i], count, count, padded,
+                                        sums.data() + i * padded);
             });
         });
     }
