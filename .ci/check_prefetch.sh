@@ -15,10 +15,11 @@ for object in $objects; do
         BEGIN {
             fewest["update_rows"] = 4  # weight, and what lazy decay keeps: the pages, and then the rows
             fewest["sum_rows"] = 1     # gradient
+            fewest["copy_rows"] = 1
         }
         /^[0-9a-f]+ </ {
             kernel = ""
-            for (k in fewest) if ($0 ~ "^[0-9a-f]+ <void dien_ops::cpu::" k "<" && !/cold/) kernel = k
+            for (k in fewest) if ($0 ~ "^[0-9a-f]+ <(void|long) dien_ops::cpu::" k "<" && !/cold/) kernel = k
             name = $0
             if (kernel != "") { found[name] = 0; kernel_of[name] = kernel }
         }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse updates of embedding tables with mini-batch aware L2 (DIN eq. 6-7)."""
+"""Lookup and sparse updates of embedding tables with mini-batch aware L2 (DIN eq. 6-7)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dien_ops import _checks
@@ -22,6 +23,77 @@ def _updates_in_place(*_: Any) -> None:
 
 for _name in ("mba_sgd_", "mba_adagrad_", "mba_rowwise_adagrad_", "mba_adam_", "mba_check", "advise_huge_pages"):
     torch.library.register_fake(f"dien_ops::{_name}", _updates_in_place)
+
+
+@torch.library.register_fake("dien_ops::embedding")
+def _embedding_fake(weight: Tensor, ids: Tensor) -> Tensor:
+    return weight.new_empty([*ids.shape, weight.shape[1]])
+
+
+# ----------------------------------------------------------------------------------------------------- lookup
+
+
+class _Lookup(torch.autograd.Function):
+    """dien_ops::embedding with the derivatives of torch.nn.functional.embedding(sparse=True)."""
+
+    @staticmethod
+    def forward(weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
+        rows: Tensor = torch.ops.dien_ops.embedding(weight, ids)
+        return rows
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, ids, ctx.padding_idx = inputs
+        ctx.save_for_backward(ids)
+        ctx.save_for_forward(ids)
+        ctx.size = weight.shape
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
+        (ids,) = ctx.saved_tensors
+        ids, grad = ids.reshape(-1), grad_rows.reshape(-1, ctx.size[1])
+        if ctx.padding_idx is not None:
+            data = (ids != ctx.padding_idx).nonzero().squeeze(1)
+            if data.numel() < ids.numel():
+                ids, grad = ids.index_select(0, data), grad.index_select(0, data)
+        return torch.sparse_coo_tensor(ids.unsqueeze(0), grad, ctx.size, check_invariants=False), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, weight_tangent: Tensor, *_: Any) -> Tensor:
+        (ids,) = ctx.saved_tensors
+        return F.embedding(ids, weight_tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        return torch.func.vmap(_torchs_lookup, in_dims)(*inputs), 0
+
+
+def _torchs_lookup(weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
+    return F.embedding(ids, weight, padding_idx, sparse=True)
+
+
+# A lookup of fewer bytes is over in torch before autograd has called a function written in Python.
+LARGE_LOOKUP = 2 << 20
+
+
+def is_large_lookup(weight: Tensor, ids: Tensor) -> bool:
+    """Whether :func:`lookup` takes these, and is worth its call."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    return (
+        ids.numel() * weight.shape[1] * weight.element_size() >= LARGE_LOOKUP
+        and weight.is_cpu
+        and ids.is_cpu
+        and weight.is_contiguous()
+        and ids.dtype in (torch.int32, torch.int64)
+    )
+
+
+def lookup(weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
+    """torch.nn.functional.embedding(sparse=True) on the CPU, with the rows fetched ahead."""
+    rows: Tensor = _Lookup.apply(weight, ids, padding_idx)
+    return rows
+
 
 # ------------------------------------------------------------------------------------------------- functional
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dien_ops import _checks
+from dien_ops import _checks, embedding
 from dien_ops.embedding import COUNT_DTYPES, check_counts
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class MBAEmbedding(nn.Embedding):
     ``weight`` the parameter is.
 
     A new weight on the CPU is put into large pages where the system grants them (Linux: transparent huge pages), which
-    keeps random rows of a large table fast.
+    keeps random rows of a large table fast, and lookups of 2 MiB or more on the CPU fetch the rows ahead.
 
     torch cannot compile the backward of a sparse gradient. A model in training is compiled around the table,
     or uses :func:`dien_ops.functional.mba_sgd_` and its like; inference compiles.
@@ -157,13 +157,19 @@ class MBAEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         if self.training and self.learn_counts is not None:
             self.count_(ids)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not ids.is_cpu:
             return super().forward(self._read_instead(ids))
         try:
-            return super().forward(self._read_instead(ids))
-        except IndexError:
+            return self._rows(self._read_instead(ids))
+        except (IndexError, RuntimeError):
             self._check_ids(ids)  # says which id; torch only says that there is one
             raise
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        plain = self.sparse and self.max_norm is None and not self.scale_grad_by_freq  # which anybody may have changed
+        if plain and embedding.is_large_lookup(self.weight, ids):
+            return embedding.lookup(self.weight, ids, self.padding_idx)
+        return super().forward(ids)
 
     def _read_instead(self, ids: Tensor) -> Tensor:
         """The ids, with padding_idx for those that are dropped or too rare."""

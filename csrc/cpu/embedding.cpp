@@ -26,7 +26,7 @@
 namespace dien_ops::cpu {
 namespace {
 
-constexpr int64_t kSegmentsAhead = 24, kRowsAhead = 24;
+constexpr int64_t kSegmentsAhead = 24, kRowsAhead = 24, kIdsAhead = 32;
 constexpr int64_t kColumnVectors = 4;
 
 // What the rule reads of the first n columns of a row.
@@ -193,6 +193,25 @@ void sum_rows(const S* rows, const int64_t* positions, int64_t count, int64_t kn
     }
 }
 
+template <Capability C, typename Id>
+int64_t copy_rows(const Rows& table, const Id* ids, int64_t n, char* out) {
+    const int64_t bytes = table.bytes;
+    const auto has = [&](int64_t i) { return ids[i] >= 0 && ids[i] < table.rows; };
+    for (int64_t i = 0; i < n; ++i) {
+        if (i + kIdsAhead < n && has(i + kIdsAhead)) prefetch(table.data + ids[i + kIdsAhead] * bytes, bytes);
+        if (!has(i)) return i;
+        const char* const row = table.data + ids[i] * bytes;
+        char* const copy = out + i * bytes;
+        if (bytes < kVectorBytes) {
+            std::memcpy(copy, row, bytes);
+            continue;
+        }
+        for (int64_t b = 0; b + kVectorBytes < bytes; b += kVectorBytes) std::memcpy(copy + b, row + b, kVectorBytes);
+        std::memcpy(copy + bytes - kVectorBytes, row + bytes - kVectorBytes, kVectorBytes);  // some bytes of it again
+    }
+    return n;
+}
+
 template <Capability C, typename S>
 bool all_finite(const S* numbers, int64_t n) {
     using T = Compute<S>;
@@ -267,6 +286,8 @@ void update_rows(const TableUpdate<S>& update, const Rule<Compute<S>>& rule, int
     template void sum_rows<kCapability>(const S*, const int64_t*, int64_t, int64_t, int64_t, Compute<S>*);              \
     template bool all_finite<kCapability>(const S*, int64_t);
 
+template int64_t copy_rows<kCapability>(const Rows&, const int32_t*, int64_t, char*);
+template int64_t copy_rows<kCapability>(const Rows&, const int64_t*, int64_t, char*);
 DIEN_OPS_INSTANTIATE(float)
 DIEN_OPS_INSTANTIATE(double)
 DIEN_OPS_INSTANTIATE(BFloat16)
