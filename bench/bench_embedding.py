@@ -38,7 +38,8 @@ RIVALS = {
     DENSE: rivals.dense,
     FBGEMM: rivals.fbgemm,
 }
-LONG, TORCH = pytest.mark.long, "nn.Embedding"
+TORCH = "nn.Embedding"
+LONG = pytest.mark.long
 
 ITEMS = Table(1_000_000)
 KINDS = {"Zipf ids": ZIPF, "uniform ids": UNIFORM, "one id in a third": ONE_IN_A_THIRD}

@@ -56,7 +56,8 @@ class _Lookup(torch.autograd.Function):
             data = (ids != ctx.padding_idx).nonzero().squeeze(1)
             if data.numel() < ids.numel():
                 ids, grad = ids.index_select(0, data), grad.index_select(0, data)
-        return torch.sparse_coo_tensor(ids.unsqueeze(0), grad, ctx.size, check_invariants=False), None, None
+        sparse = torch.sparse_coo_tensor(ids.unsqueeze(0), grad, ctx.size, device=grad.device, check_invariants=False)
+        return sparse, None, None
 
     @staticmethod
     def jvp(ctx: Any, weight_tangent: Tensor, *_: Any) -> Tensor:
@@ -77,11 +78,15 @@ LARGE_LOOKUP = 2 << 20
 
 
 def is_large_lookup(weight: Tensor, ids: Tensor) -> bool:
-    """Whether :func:`lookup` takes these, and is worth its call."""
+    """Whether :func:`lookup` takes these, and is worth its call. What is more than a tensor (a subclass, what a tracer
+    passes around) or a nested one is left to torch."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     return (
-        ids.numel() * weight.shape[1] * weight.element_size() >= LARGE_LOOKUP
+        type(ids) is Tensor
+        and type(weight) in (Tensor, torch.nn.Parameter)
+        and not ids.is_nested
+        and ids.numel() * weight.shape[1] * weight.element_size() >= LARGE_LOOKUP
         and weight.is_cpu
         and ids.is_cpu
         and weight.is_contiguous()

@@ -157,19 +157,24 @@ class MBAEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         if self.training and self.learn_counts is not None:
             self.count_(ids)
-        if torch.compiler.is_compiling() or not ids.is_cpu:
+        if torch.compiler.is_compiling():
             return super().forward(self._read_instead(ids))
         try:
             return self._rows(self._read_instead(ids))
-        except (IndexError, RuntimeError):
+        except IndexError:
             self._check_ids(ids)  # says which id; torch only says that there is one
             raise
 
     def _rows(self, ids: Tensor) -> Tensor:
+        weight = self._parameters.get("weight")  # none where it is parametrized, and then it is computed once a call
         plain = self.sparse and self.max_norm is None and not self.scale_grad_by_freq  # which anybody may have changed
-        if plain and embedding.is_large_lookup(self.weight, ids):
-            return embedding.lookup(self.weight, ids, self.padding_idx)
-        return super().forward(ids)
+        if weight is None or not plain or not embedding.is_large_lookup(weight, ids):
+            return super().forward(ids)
+        try:
+            return embedding.lookup(weight, ids, self.padding_idx)
+        except RuntimeError:
+            self._check_ids(ids)  # raises torch's kind of error
+            raise
 
     def _read_instead(self, ids: Tensor) -> Tensor:
         """The ids, with padding_idx for those that are dropped or too rare."""

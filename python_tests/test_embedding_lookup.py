@@ -10,8 +10,10 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import dien_ops
 from dien_ops import embedding
+from helpers import with_threads
 
 LOOKUPS = {"ours": 0, "torch's": 1 << 60}  # from how many bytes on it is ours
+pytestmark = pytest.mark.cpu_kernels
 TRACING = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
 
@@ -22,6 +24,12 @@ def lookup(request, monkeypatch):
     monkeypatch.setattr(embedding, "lookup", lambda *args: calls.append(1) or ours(*args))
     yield
     assert bool(calls) == (request.param == "ours")
+
+
+@pytest.fixture
+def lookup_of_any_size(monkeypatch):
+    """Each lookup is ours if it can be."""
+    monkeypatch.setattr(embedding, "LARGE_LOOKUP", 0)
 
 
 def tables(rows, dim, padding_idx=None, dtype=torch.float32):
@@ -46,7 +54,8 @@ def test_a_large_lookup_is_shared_by_threads():
     ours, theirs = tables(3000, 40)
     ids = torch.randint(3000, (50, 301))
     assert embedding.is_large_lookup(ours.weight, ids)
-    assert torch.equal(ours(ids), theirs(ids))
+    for threads in (1, 2, 3, 7):
+        assert torch.equal(with_threads(threads, lambda: [ours(ids)])[0], theirs(ids))
     assert torch.equal(ours(ids.t()), theirs(ids.t()))  # strides
 
 
@@ -129,9 +138,48 @@ def test_an_id_out_of_range_is_named(lookup, wrong, id_dtype):
         dien_ops.MBAEmbedding(7, 3)(torch.tensor([[1, 2], [wrong, 9]], dtype=id_dtype))
 
 
+def test_other_wrong_ids_are_torchs_error(lookup_of_any_size):
+    table = dien_ops.MBAEmbedding(7, 3)
+    with pytest.raises(RuntimeError, match="have one of the following scalar types: Long, Int"):
+        table(torch.tensor([1.5, 100.0]))
+    with pytest.raises(TypeError, match="must be Tensor, not list"):
+        table([1, 2])
+
+
+def test_the_gradient_is_on_the_tables_device_whatever_the_default_is(lookup):
+    ours, _ = tables(6, 4)
+    with torch.device("meta"):
+        ours(torch.tensor([1, 2], device="cpu")).sum().backward()
+    assert ours.weight.grad.device.type == "cpu"
+
+
+def test_a_parametrized_weight_is_computed_once_a_lookup(lookup_of_any_size):
+    calls = []
+
+    class Counted(nn.Module):
+        def forward(self, weight):
+            calls.append(1)
+            return weight * 2
+
+    table = dien_ops.MBAEmbedding(6, 4)
+    rows = table.weight[[1, 2]] * 2
+    nn.utils.parametrize.register_parametrization(table, "weight", Counted())
+    calls.clear()
+    assert torch.equal(table(torch.tensor([1, 2])), rows) and calls == [1]
+
+
+def test_tracers_and_subclasses_see_torchs_lookup(lookup_of_any_size):
+    class Tagged(torch.Tensor):
+        pass
+
+    ours, theirs = tables(6, 4)
+    ids = torch.tensor([1, 2])
+    assert torch.equal(torch.fx.symbolic_trace(ours)(ids), theirs(ids))
+    assert type(ours(ids.as_subclass(Tagged))) is Tagged
+
+
 @pytest.mark.parametrize("option, value", [("max_norm", 0.5), ("scale_grad_by_freq", True), ("sparse", False)])
-def test_options_of_nn_embedding_that_are_set_later_work(monkeypatch, option, value):
-    monkeypatch.setattr(embedding, "LARGE_LOOKUP", 0)
+def test_options_of_nn_embedding_that_are_set_later_work(lookup_of_any_size, option, value):
     ours, theirs = tables(6, 4)
     ids = torch.tensor([1, 2, 2])
     for table in (ours, theirs):
@@ -150,8 +198,7 @@ def test_a_weight_that_is_not_contiguous_is_looked_up_by_torch():
 
 
 @TRACING
-def test_tracing_records_torchs_lookup(monkeypatch):
-    monkeypatch.setattr(embedding, "LARGE_LOOKUP", 0)
+def test_tracing_records_torchs_lookup(lookup_of_any_size):
     ours, _ = tables(6, 4)
     traced = torch.jit.trace(ours, torch.tensor([1, 2]))
     assert "aten::embedding" in str(traced.inlined_graph)

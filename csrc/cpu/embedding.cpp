@@ -10,7 +10,8 @@
 //   3. the rule reads and writes the row of the weight and of its own state, a vector of columns at a time.
 // Everything between 1 and 3 is one row long and stays in the first-level cache, so memory sees each gradient row read once
 // and each row of the table read and written once: the least that any order of work can do. What is left is latency, since
-// the rows lie anywhere in the table: the rows of the segments a few steps ahead are prefetched.
+// the rows lie anywhere in the table. Their pages are asked for in bursts (cpu/prefetch.h), then the rows some segments ahead,
+// and gradient rows in the order in which they are summed, whatever segment they fall on. A lookup fetches ahead likewise.
 
 #include "cpu/embedding.h"
 
@@ -27,7 +28,13 @@ namespace dien_ops::cpu {
 namespace {
 
 constexpr int64_t kSegmentsAhead = 24, kRowsAhead = 24, kIdsAhead = 32;
+constexpr int64_t kBytesAhead = 1024;  // of a row: the processor foresees the rest
 constexpr int64_t kColumnVectors = 4;
+
+template <typename S>
+int64_t columns_ahead(int64_t dim) {
+    return std::min<int64_t>(dim, kBytesAhead / sizeof(S));
+}
 
 // What the rule reads of the first n columns of a row.
 template <typename T>
@@ -67,7 +74,7 @@ void sum_columns(const S* rows, const int64_t* positions, int64_t count, int64_t
     const auto lanes = [n](int64_t v) { return v + 1 < kVectors ? kSize : n; };
     Vec<T> sums[kVectors];
     for (int64_t i = 0; i < count; ++i) {
-        if (i + kRowsAhead < fetched) prefetch(rows + positions[i + kRowsAhead] * dim, dim);
+        if (i + kRowsAhead < fetched) prefetch(rows + positions[i + kRowsAhead] * dim, columns_ahead<S>(dim));
         const S* const row = rows + positions[i] * dim + d;
         for (int64_t v = 0; v < kVectors; ++v) sums[v] += load<T>(row + v * kSize, lanes(v));
     }
@@ -198,12 +205,13 @@ int64_t copy_rows(const Rows& table, const Id* ids, int64_t n, char* out) {
     const int64_t bytes = table.bytes;
     const auto has = [&](int64_t i) { return ids[i] >= 0 && ids[i] < table.rows; };
     for (int64_t i = 0; i < n; ++i) {
-        if (i + kIdsAhead < n && has(i + kIdsAhead)) prefetch(table.data + ids[i + kIdsAhead] * bytes, bytes);
+        if (i + kIdsAhead < n && has(i + kIdsAhead))
+            prefetch(table.data + ids[i + kIdsAhead] * bytes, columns_ahead<char>(bytes));
         if (!has(i)) return i;
         const char* const row = table.data + ids[i] * bytes;
         char* const copy = out + i * bytes;
         if (bytes < kVectorBytes) {
-            std::memcpy(copy, row, bytes);
+            if (bytes > 0) std::memcpy(copy, row, bytes);
             continue;
         }
         for (int64_t b = 0; b + kVectorBytes < bytes; b += kVectorBytes) std::memcpy(copy + b, row + b, kVectorBytes);
@@ -249,7 +257,7 @@ void update_rows(const TableUpdate<S>& update, const Rule<Compute<S>>& rule, int
         });
         if (s + kSegmentsAhead < end) {
             const Segment<T>& ahead = update.segments[s + kSegmentsAhead];
-            prefetch(update, rule, ahead.row, dim);
+            prefetch(update, rule, ahead.row, columns_ahead<S>(dim));
         }
         const Segment<T>& segment = update.segments[s];
         if (l < update.num_summed && update.summed[l] == s) {

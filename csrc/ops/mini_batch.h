@@ -15,7 +15,6 @@
 #include <vector>
 
 #include "cpu/embedding.h"
-#include "cpu/prefetch.h"
 #include "ops/embedding_arguments.h"
 
 namespace dien_ops::ops {
@@ -41,10 +40,9 @@ inline int64_t parts_of(int64_t count) {
     return std::clamp<int64_t>(divide_up(count, kShortestPart), 1, torch::stable::get_num_threads());
 }
 
-// Calls f(part, begin, end) for each of parts_of(count) parts.
+// Calls f(part, begin, end) for each of the parts.
 template <typename F>
-void parallel_parts(int64_t count, F&& f) {
-    const int64_t parts = parts_of(count);
+void parallel_parts(int64_t count, int64_t parts, F&& f) {
     parallel_ranges(parts, [&](int64_t first, int64_t last) {
         for (int64_t part = first; part < last; ++part) f(part, count * part / parts, count * (part + 1) / parts);
     });
@@ -169,7 +167,7 @@ void for_tables(const std::vector<int64_t>& first, int64_t begin, int64_t end, F
 inline Buffer<uint64_t> make_keys(const std::vector<Table>& tables, const Numbering& numbering, bool check_ids) {
     Buffer<uint64_t> keys(numbering.positions());
     Smallest wrong;
-    parallel_parts(numbering.positions(), [&](int64_t, int64_t begin, int64_t end) {
+    parallel_parts(numbering.positions(), parts_of(numbering.positions()), [&](int64_t, int64_t begin, int64_t end) {
         for_tables(numbering.first_position, begin, end, [&](int64_t t, int64_t from, int64_t to) {
             const TableArguments& table = tables[t].arguments;
             const int64_t rows = table.num_embeddings, padding = table.padding, none = numbering.rows();
@@ -200,7 +198,7 @@ inline Buffer<uint64_t> make_keys(const std::vector<Table>& tables, const Number
 // Throws where the count of an id that is to be updated cannot be divided by. (Grouping checks that too, once for each row.)
 inline void check_counts(const std::vector<Table>& tables, const Numbering& numbering) {
     Smallest wrong;
-    parallel_parts(numbering.positions(), [&](int64_t, int64_t begin, int64_t end) {
+    parallel_parts(numbering.positions(), parts_of(numbering.positions()), [&](int64_t, int64_t begin, int64_t end) {
         for_tables(numbering.first_position, begin, end, [&](int64_t t, int64_t from, int64_t to) {
             for (int64_t i = from; i < to; ++i) {
                 const int64_t id = tables[t].id(i - numbering.first_position[t]);
@@ -236,48 +234,46 @@ inline void radix_sort(uint64_t* from, uint64_t* to, int64_t n, int low, uint64_
     if (from != result) std::copy_n(from, n, result);
 }
 
-// Sorts keys in 0..last by the bits from `low` on, where keys of equal bits there are in order already. Each thread sorts a
+// Sorts keys below `bound` by the bits from `low` on, where keys of equal bits there are in order already. Each thread sorts a
 // share of its own, from one key to another, so that no two write to the same lines. A sample says where the shares begin: all
 // keys are different, so shares are even however often a row comes.
-inline void sort_keys(Buffer<uint64_t>& keys, int64_t n, int low, uint64_t last) {
-    constexpr int64_t kFew = 256, kMostSamples = 1024, kSamplesPerShare = 128;
+inline void sort_keys(Buffer<uint64_t>& keys, int64_t n, int low, uint64_t bound) {
+    constexpr int64_t kFew = 256, kMostSamples = 1024, kSamplesPerShare = 128, kFewShares = 8;
     if (n <= kFew) return std::sort(keys.data(), keys.data() + n);
     Buffer<uint64_t> sorted(n);
     const int64_t parts = parts_of(n);  // and as many shares
     if (parts == 1) {
-        radix_sort(keys.data(), sorted.data(), n, low, 0, last);
+        radix_sort(keys.data(), sorted.data(), n, low, 0, bound - 1);
         return keys.swap(sorted);
     }
+    // Positions a golden section apart: mini-batches are rows of some length, and every so many ids there may be padding.
     std::vector<uint64_t> samples(std::min({n, kMostSamples, parts * kSamplesPerShare}));
-    for (size_t i = 0; i < samples.size(); ++i) samples[i] = keys[n * i / samples.size()];
+    for (size_t i = 0; i < samples.size(); ++i) samples[i] = keys[(i * 0x9E3779B97F4A7C15u >> 20) % n];
     std::sort(samples.begin(), samples.end());
     std::vector<uint64_t> first_key{0};  // of each share, and one behind the last
     for (int64_t share = 1; share < parts; ++share) first_key.push_back(samples[samples.size() * share / parts]);
-    first_key.push_back(last + 1);
+    first_key.push_back(bound);
+    const auto share_of = [parts, bounds = first_key.data() + 1](uint64_t key) -> int64_t {
+        if (parts > kFewShares) return std::upper_bound(bounds, bounds + parts - 1, key) - bounds;
+        int64_t share = 0;
+        for (int64_t i = 0; i < parts - 1; ++i) share += key >= bounds[i];
+        return share;
+    };
 
     std::vector<int64_t> offsets(parts * parts);  // [share, part]: where a part's next key of a share goes
-    parallel_parts(n, [&](int64_t part, int64_t begin, int64_t end) {
-        int64_t above = end - begin;
-        for (int64_t share = 0; share < parts; ++share) {
-            const uint64_t bound = first_key[share + 1];
-            int64_t from_bound = 0;
-            for (int64_t i = begin; i < end; ++i) from_bound += keys[i] >= bound;
-            offsets[share * parts + part] = std::exchange(above, from_bound) - from_bound;
-        }
+    parallel_parts(n, parts, [&](int64_t part, int64_t begin, int64_t end) {
+        std::vector<int64_t> counts(parts);
+        for (int64_t i = begin; i < end; ++i) ++counts[share_of(keys[i])];
+        for (int64_t share = 0; share < parts; ++share) offsets[share * parts + part] = counts[share];
     });
     std::exclusive_scan(offsets.begin(), offsets.end(), offsets.begin(), int64_t{0});
     std::vector<int64_t> first;  // place of each share, and at the end of all
     for (int64_t share = 0; share < parts; ++share) first.push_back(offsets[share * parts]);
     first.push_back(n);
-    parallel_parts(n, [&](int64_t part, int64_t begin, int64_t end) {
+    parallel_parts(n, parts, [&](int64_t part, int64_t begin, int64_t end) {
         std::vector<int64_t> next(parts);
         for (int64_t share = 0; share < parts; ++share) next[share] = offsets[share * parts + part];
-        for (int64_t i = begin; i < end; ++i) {
-            const uint64_t key = keys[i];
-            int64_t share = 0;
-            for (int64_t above = 1; above < parts; ++above) share += key >= first_key[above];
-            sorted[next[share]++] = key;
-        }
+        for (int64_t i = begin; i < end; ++i) sorted[next[share_of(keys[i])]++] = keys[i];
     });
     parallel_ranges(parts, [&](int64_t begin, int64_t end) {
         for (int64_t share = begin; share < end; ++share) {
@@ -309,12 +305,12 @@ MiniBatch<T> group_by_id(const std::vector<Table>& tables, const Numbering& numb
         const auto before_row = [&](uint64_t key) { return numbering.row(key) < row; };
         first_key.push_back(std::partition_point(keys.data(), keys.data() + n, before_row) - keys.data());
     }
-    const int64_t kept = first_key.back();
+    const int64_t kept = first_key.back(), parts = parts_of(kept);
     const auto row_at = [&](int64_t i) { return numbering.row(keys[i]); };
 
     Buffer<int64_t> positions(kept), starts(kept);  // starts: the first keys of the segments, each part's from its begin on
-    std::vector<int64_t> before(parts_of(kept) + 1, 0);  // segments that begin before each part
-    parallel_parts(kept, [&](int64_t part, int64_t begin, int64_t end) {
+    std::vector<int64_t> before(parts + 1, 0);      // segments that begin before each part
+    parallel_parts(kept, parts, [&](int64_t part, int64_t begin, int64_t end) {
         int64_t found = 0, previous = begin > 0 ? row_at(begin - 1) : -1;
         for_tables(first_key, begin, end, [&](int64_t t, int64_t from, int64_t to) {
             const int64_t first_position = numbering.first_position[t];
@@ -335,7 +331,7 @@ MiniBatch<T> group_by_id(const std::vector<Table>& tables, const Numbering& numb
     MiniBatch<T> batch{.segments = Buffer<cpu::Segment<T>>(count + 1), .positions = std::move(positions)};
     std::vector<std::vector<int64_t>> long_ones(before.size());
     Smallest wrong;
-    parallel_parts(kept, [&](int64_t part, int64_t begin, int64_t) {
+    parallel_parts(kept, parts, [&](int64_t part, int64_t begin, int64_t) {
         const auto start_of = [&](int64_t s) { return starts[begin + s - before[part]]; };
         constexpr int64_t kAhead = 64;
         int64_t t = 0;
@@ -417,7 +413,7 @@ int64_t first_nonfinite(const Table& table) {
     const int64_t dim = table.arguments.dim;
     Smallest found;
     cpu::with_capability([&](auto target) {
-        parallel_parts(table.arguments.batch(), [&](int64_t, int64_t begin, int64_t end) {
+        parallel_parts(table.arguments.batch(), parts_of(table.arguments.batch()), [&](int64_t, int64_t begin, int64_t end) {
             if (cpu::all_finite<target()>(grads + begin * dim, (end - begin) * dim)) return;
             for (int64_t i = begin; i < end; ++i) {
                 if (table.updates(table.id(i)) && !cpu::all_finite<target()>(grads + i * dim, dim)) return found.report(i);
