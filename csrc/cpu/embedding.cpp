@@ -65,16 +65,16 @@ template <typename S, typename Rule>
 }
 
 // sum[d ...] over kVectors vectors of columns, which stay in registers from the first row to the last. Of the last vector there
-// are n columns, and zeros behind them: what is read soon after must be written in one piece. fetched: so many positions are
-// known, the last of them of what is summed next; those a while ahead are fetched.
+// are n columns, and zeros behind them: what is read soon after must be written in one piece. Rows are fetched ahead as far as
+// positions are known, beyond `count` too; known: how many.
 template <int64_t kVectors, typename S, typename T = Compute<S>>
-void sum_columns(const S* rows, const int64_t* positions, int64_t count, int64_t fetched, int64_t dim, int64_t d, int64_t n,
+void sum_columns(const S* rows, const int64_t* positions, int64_t count, int64_t known, int64_t dim, int64_t d, int64_t n,
                  T* sum) {
     constexpr int64_t kSize = Vec<T>::kSize;
     const auto lanes = [n](int64_t v) { return v + 1 < kVectors ? kSize : n; };
     Vec<T> sums[kVectors];
     for (int64_t i = 0; i < count; ++i) {
-        if (i + kRowsAhead < fetched) prefetch(rows + positions[i + kRowsAhead] * dim, columns_ahead<S>(dim));
+        if (i + kRowsAhead < known) prefetch(rows + positions[i + kRowsAhead] * dim, columns_ahead<S>(dim));
         const S* const row = rows + positions[i] * dim + d;
         for (int64_t v = 0; v < kVectors; ++v) sums[v] += load<T>(row + v * kSize, lanes(v));
     }
@@ -186,16 +186,16 @@ template <Capability C, typename S>
 void sum_rows(const S* rows, const int64_t* positions, int64_t count, int64_t known, int64_t dim, Compute<S>* sum) {
     constexpr int64_t kSize = Vec<Compute<S>>::kSize;
     for (int64_t d = 0; d < dim; d += kColumnVectors * kSize) {
-        const int64_t left = dim - d, fetched = d == 0 ? known : 0;
-        const int64_t n = (left - 1) % kSize + 1;  // in the last vector
+        const int64_t left = dim - d, ahead = d == 0 ? known : 0;  // the first pass fetches for all
+        const int64_t n = (left - 1) % kSize + 1;                  // in the last vector
         if (left > 3 * kSize) {
-            sum_columns<4>(rows, positions, count, fetched, dim, d, left >= 4 * kSize ? kSize : n, sum);
+            sum_columns<4>(rows, positions, count, ahead, dim, d, left >= 4 * kSize ? kSize : n, sum);
         } else if (left > 2 * kSize) {
-            sum_columns<3>(rows, positions, count, fetched, dim, d, n, sum);
+            sum_columns<3>(rows, positions, count, ahead, dim, d, n, sum);
         } else if (left > kSize) {
-            sum_columns<2>(rows, positions, count, fetched, dim, d, n, sum);
+            sum_columns<2>(rows, positions, count, ahead, dim, d, n, sum);
         } else {
-            sum_columns<1>(rows, positions, count, fetched, dim, d, n, sum);
+            sum_columns<1>(rows, positions, count, ahead, dim, d, n, sum);
         }
     }
 }
@@ -205,8 +205,8 @@ int64_t copy_rows(const Rows& table, const Id* ids, int64_t n, char* out) {
     const int64_t bytes = table.bytes;
     const auto has = [&](int64_t i) { return ids[i] >= 0 && ids[i] < table.rows; };
     for (int64_t i = 0; i < n; ++i) {
-        if (i + kIdsAhead < n && has(i + kIdsAhead))
-            prefetch(table.data + ids[i + kIdsAhead] * bytes, columns_ahead<char>(bytes));
+        const int64_t ahead = i + kIdsAhead;
+        if (ahead < n && has(ahead)) prefetch(table.data + ids[ahead] * bytes, columns_ahead<char>(bytes));
         if (!has(i)) return i;
         const char* const row = table.data + ids[i] * bytes;
         char* const copy = out + i * bytes;

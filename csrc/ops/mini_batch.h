@@ -214,6 +214,7 @@ inline void check_counts(const std::vector<Table>& tables, const Numbering& numb
 // Sorts keys by the bits from `low` on, where keys of equal bits there are in order already: a radix sort from the lowest digit
 // up. first, last: keys that none is below or above. from [n] is overwritten, the result is in to [n].
 inline void radix_sort(uint64_t* from, uint64_t* to, int64_t n, int low, uint64_t first, uint64_t last) {
+    if (n == 0) return;
     const int most_digit_bits = std::clamp<int>(std::bit_width(static_cast<uint64_t>(n)), 8, 12);
     first = first >> low << low;
     const int bits = std::bit_width((last - first) >> low), passes = static_cast<int>(divide_up(bits, most_digit_bits));
@@ -246,7 +247,7 @@ inline void sort_keys(Buffer<uint64_t>& keys, int64_t n, int low, uint64_t bound
         radix_sort(keys.data(), sorted.data(), n, low, 0, bound - 1);
         return keys.swap(sorted);
     }
-    // Positions a golden section apart: mini-batches are rows of some length, and every so many ids there may be padding.
+    // From places that do not repeat: mini-batches are rows of some length, and every so many ids there may be padding.
     std::vector<uint64_t> samples(std::min({n, kMostSamples, parts * kSamplesPerShare}));
     for (size_t i = 0; i < samples.size(); ++i) samples[i] = keys[(i * 0x9E3779B97F4A7C15u >> 20) % n];
     std::sort(samples.begin(), samples.end());
