@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,19 +34,19 @@ def _embedding_fake(weight: Tensor, ids: Tensor) -> Tensor:
 
 
 class _Lookup(torch.autograd.Function):
-    """dien_ops::embedding with the derivatives of torch.nn.functional.embedding(sparse=True)."""
+    """dien_ops::embedding with the derivatives of torch.nn.functional.embedding(sparse=True).
+
+    Without setup_context, by which torch.func could transform it: with it torch inspects a signature in every call, and
+    that costs a step as much as fetching ahead gains.
+    """
 
     @staticmethod
-    def forward(weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
-        rows: Tensor = torch.ops.dien_ops.embedding(weight, ids)
-        return rows
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, ids, ctx.padding_idx = inputs
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.save_for_forward(ids)
-        ctx.size = weight.shape
+        ctx.size, ctx.padding_idx = weight.shape, padding_idx
+        rows: Tensor = torch.ops.dien_ops.embedding(weight, ids)
+        return rows
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
@@ -64,14 +64,9 @@ class _Lookup(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         return F.embedding(ids, weight_tangent)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-        return torch.func.vmap(_torchs_lookup, in_dims)(*inputs), 0
 
-
-def _torchs_lookup(weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
-    return F.embedding(ids, weight, padding_idx, sparse=True)
-
+# Whether torch.func transforms what is called; where a torch does not say, it is taken to do so.
+_transformed: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 # A lookup of fewer bytes is over in torch before autograd has called a function written in Python.
 LARGE_LOOKUP = 2 << 20
@@ -79,8 +74,8 @@ LARGE_LOOKUP = 2 << 20
 
 def is_large_lookup(weight: Tensor, ids: Tensor) -> bool:
     """Whether :func:`lookup` takes these, and is worth its call. What is more than a tensor (a subclass, what a tracer
-    passes around) or a nested one is left to torch."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    passes around) or a nested one is left to torch, and so is what torch.func transforms."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed():  # type: ignore[attr-defined]
         return False
     return (
         type(ids) is Tensor

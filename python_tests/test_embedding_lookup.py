@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from embedding_cases import ANY_DTYPE
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 
 import dien_ops
@@ -92,7 +93,7 @@ def test_derivatives_of_derivatives(lookup):
 
 
 @TRACING
-def test_functional_transforms(lookup):
+def test_functional_transforms(lookup_of_any_size):
     ids, tangent, many = torch.tensor([[1, 2, 0], [1, 5, 5]]), torch.randn(6, 4), torch.randn(3, 6, 4)
     found = []
     for table in tables(6, 4):
@@ -111,6 +112,17 @@ def test_functional_transforms(lookup):
             )
         )
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@TRACING
+def test_forward_mode(lookup):
+    ids, tangent = torch.tensor([[1, 2, 0], [1, 5, 5]]), torch.randn(6, 4)
+    ours, _ = tables(6, 4)
+    weight = ours.weight.detach()
+    with forward_ad.dual_level():
+        rows = functional_call(ours, {"weight": forward_ad.make_dual(weight, tangent)}, (ids,))
+        assert torch.equal(forward_ad.unpack_dual(rows).primal, weight[ids])
+        assert torch.equal(forward_ad.unpack_dual(rows).tangent, tangent[ids])
 
 
 def test_a_frozen_table_and_no_grad_give_rows_without_gradient(lookup):
