@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedding column: lookups, and updates of a table's rows with mini-batch aware L2, beside what torch gives, and
-FBGEMM where it is installed."""
+"""The embedding column: updates of a table's rows with mini-batch aware L2, beside what torch.optim and its operators
+give, and FBGEMM where it is installed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ RIVALS = {
     DENSE: rivals.dense,
     FBGEMM: rivals.fbgemm,
 }
-TORCH = "nn.Embedding"
 LONG = pytest.mark.long
 
 ITEMS = Table(1_000_000)
@@ -68,12 +67,6 @@ def measure(bench, p, targets=(), others=RIVALS, memory=False, **more):
 def test_update(bench, p):
     """Update of a table by SGD with L2, gradient rows given."""
     measure(bench, p, [Target(COMPOSED, 8), Target(COPY, NEAR_THE_COPY)], memory=p.tables[0].kind == ZIPF)
-
-
-@pytest.mark.parametrize("p", ONE_TABLE)
-def test_lookup(bench, p):
-    """Lookup of a mini-batch in a table."""
-    bench.measure(p, {"dien_ops": rivals.lookup}, {TORCH: rivals.lookup_by_torch}, [Target(TORCH, 1)])
 
 
 @pytest.mark.parametrize("p", ONE_TABLE)

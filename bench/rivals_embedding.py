@@ -312,34 +312,6 @@ def _states_of(p: Update, optimizer: torch.optim.Optimizer, weight: Tensor) -> U
     return updated
 
 
-def lookup(p: Update) -> Contestant:
-    """The lookup alone."""
-    return _by_module(p, MBAEmbedding)
-
-
-def lookup_by_torch(p: Update) -> Contestant:
-    return _by_module(p, nn.Embedding)
-
-
-def _by_module(p: Update, module: type[nn.Embedding]) -> Contestant:
-    data = data_of(p)
-    tables = [module.from_pretrained(weight) for weight in data.weights]
-    named: list[Tensor] = []  # ids that the call to be compared looks up
-
-    def before() -> None:
-        named[:] = [b.ids for b in data.batches[data.upcoming]]
-
-    def call() -> list[Tensor]:
-        return [table(b.ids) for table, b in zip(tables, data.turn(), strict=True)]
-
-    def exact() -> list[Tensor]:
-        return [weight[ids].double() for weight, ids in zip(data.weights, named, strict=True)]
-
-    row = p.dim * p.dtype.itemsize
-    moved = sum(t.ids for t in p.tables) * (torch.int64.itemsize + row) + data.distinct * row
-    return Contestant(call, exact=exact, before=before, bytes=moved)
-
-
 def with_rows(factory: Factory, rows: int) -> Factory:
     """The same mini-batches' size on a table of another."""
     return lambda p: factory(replace(p, tables=tuple(replace(t, rows=rows) for t in p.tables)))

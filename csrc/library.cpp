@@ -83,8 +83,6 @@ STABLE_TORCH_LIBRARY(dien_ops, m) {
     m.def(
         "mba_check(Tensor[] weights, Tensor[] ids, Tensor[] grads, Tensor[] counts, int[] padding_idx, str nonfinite, "
         "bool check_ids) -> ()");
-    // The rows of the ids, on the CPU
-    m.def("embedding(Tensor weight, Tensor ids) -> Tensor");
     // Asks the system for large pages where the CPU memory of a table has none yet
     m.def("advise_huge_pages(Tensor(a!) table) -> ()");
 

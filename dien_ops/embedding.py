@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lookup and sparse updates of embedding tables with mini-batch aware L2 (DIN eq. 6-7)."""
+"""Sparse updates of embedding tables with mini-batch aware L2 (DIN eq. 6-7)."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dien_ops import _checks
@@ -23,77 +22,6 @@ def _updates_in_place(*_: Any) -> None:
 
 for _name in ("mba_sgd_", "mba_adagrad_", "mba_rowwise_adagrad_", "mba_adam_", "mba_check", "advise_huge_pages"):
     torch.library.register_fake(f"dien_ops::{_name}", _updates_in_place)
-
-
-@torch.library.register_fake("dien_ops::embedding")
-def _embedding_fake(weight: Tensor, ids: Tensor) -> Tensor:
-    return weight.new_empty([*ids.shape, weight.shape[1]])
-
-
-# ----------------------------------------------------------------------------------------------------- lookup
-
-
-class _Lookup(torch.autograd.Function):
-    """dien_ops::embedding with the derivatives of torch.nn.functional.embedding(sparse=True).
-
-    Without setup_context, by which torch.func could transform it: with it torch inspects a signature in every call, and
-    that costs a step as much as fetching ahead gains.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.save_for_forward(ids)
-        ctx.size, ctx.padding_idx = weight.shape, padding_idx
-        rows: Tensor = torch.ops.dien_ops.embedding(weight, ids)
-        return rows
-
-    @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
-        (ids,) = ctx.saved_tensors
-        ids, grad = ids.reshape(-1), grad_rows.reshape(-1, ctx.size[1])
-        if ctx.padding_idx is not None:
-            data = (ids != ctx.padding_idx).nonzero().squeeze(1)
-            if data.numel() < ids.numel():
-                ids, grad = ids.index_select(0, data), grad.index_select(0, data)
-        sparse = torch.sparse_coo_tensor(ids.unsqueeze(0), grad, ctx.size, device=grad.device, check_invariants=False)
-        return sparse, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, weight_tangent: Tensor, *_: Any) -> Tensor:
-        (ids,) = ctx.saved_tensors
-        return F.embedding(ids, weight_tangent)
-
-
-# Whether torch.func transforms what is called; where a torch does not say, it is taken to do so.
-_transformed: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-
-# A lookup of fewer bytes is over in torch before autograd has called a function written in Python.
-LARGE_LOOKUP = 2 << 20
-
-
-def is_large_lookup(weight: Tensor, ids: Tensor) -> bool:
-    """Whether :func:`lookup` takes these, and is worth its call. What is more than a tensor (a subclass, what a tracer
-    passes around) or a nested one is left to torch, and so is what torch.func transforms."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed():  # type: ignore[attr-defined]
-        return False
-    return (
-        type(ids) is Tensor
-        and type(weight) in (Tensor, torch.nn.Parameter)
-        and not ids.is_nested
-        and ids.numel() * weight.shape[1] * weight.element_size() >= LARGE_LOOKUP
-        and weight.is_cpu
-        and ids.is_cpu
-        and weight.is_contiguous()
-        and ids.dtype in (torch.int32, torch.int64)
-    )
-
-
-def lookup(weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
-    """torch.nn.functional.embedding(sparse=True) on the CPU, with the rows fetched ahead."""
-    rows: Tensor = _Lookup.apply(weight, ids, padding_idx)
-    return rows
-
 
 # ------------------------------------------------------------------------------------------------- functional
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dien_ops import _checks, embedding
+from dien_ops import _checks
 from dien_ops.embedding import COUNT_DTYPES, check_counts
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class MBAEmbedding(nn.Embedding):
     ``weight`` the parameter is.
 
     A new weight on the CPU is put into large pages where the system grants them (Linux: transparent huge pages), which
-    keeps random rows of a large table fast, and lookups of 2 MiB or more on the CPU fetch the rows ahead.
+    keeps random rows of a large table fast.
 
     torch cannot compile the backward of a sparse gradient. A model in training is compiled around the table,
     or uses :func:`dien_ops.functional.mba_sgd_` and its like; inference compiles.
@@ -160,20 +160,9 @@ class MBAEmbedding(nn.Embedding):
         if torch.compiler.is_compiling():
             return super().forward(self._read_instead(ids))
         try:
-            return self._rows(self._read_instead(ids))
+            return super().forward(self._read_instead(ids))
         except IndexError:
             self._check_ids(ids)  # says which id; torch only says that there is one
-            raise
-
-    def _rows(self, ids: Tensor) -> Tensor:
-        weight = self._parameters.get("weight")  # none where it is parametrized, and then it is computed once a call
-        plain = self.sparse and self.max_norm is None and not self.scale_grad_by_freq  # which anybody may have changed
-        if weight is None or not plain or not embedding.is_large_lookup(weight, ids):
-            return super().forward(ids)
-        try:
-            return embedding.lookup(weight, ids, self.padding_idx)
-        except RuntimeError:
-            self._check_ids(ids)  # raises torch's kind of error
             raise
 
     def _read_instead(self, ids: Tensor) -> Tensor:

@@ -118,15 +118,6 @@ def test_contestants_of_the_embedding_column_do_the_same_work(factory, rule, loo
         assert harness.check("contestant", contestant) < (5e-5 if rule == rivals_embedding.ADAM else 1e-5)
 
 
-@pytest.mark.parametrize(
-    "factory", [rivals_embedding.lookup, rivals_embedding.lookup_by_torch], ids=lambda f: f.__name__
-)
-def test_lookups_give_the_rows_of_the_mini_batch_whose_turn_it_is(factory):
-    contestant = factory(small_update())
-    for _ in range(3):
-        assert harness.check("contestant", contestant) == 0
-
-
 @pytest.mark.parametrize("factory", [f for f in RULES_OF if f is not rivals_embedding.fbgemm], ids=lambda f: f.__name__)
 def test_several_tables_are_updated_in_one_step(factory):
     tables = rivals_embedding.Table(300, 40), rivals_embedding.Table(20, 50), rivals_embedding.Table(50, 7)

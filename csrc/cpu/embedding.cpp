@@ -11,7 +11,7 @@
 // Everything between 1 and 3 is one row long and stays in the first-level cache, so memory sees each gradient row read once
 // and each row of the table read and written once: the least that any order of work can do. What is left is latency, since
 // the rows lie anywhere in the table. Their pages are asked for in bursts (cpu/prefetch.h), then the rows some segments ahead,
-// and gradient rows in the order in which they are summed, whatever segment they fall on. A lookup fetches ahead likewise.
+// and gradient rows in the order in which they are summed, whatever segment they fall on.
 
 #include "cpu/embedding.h"
 
@@ -27,7 +27,7 @@
 namespace dien_ops::cpu {
 namespace {
 
-constexpr int64_t kSegmentsAhead = 24, kRowsAhead = 24, kIdsAhead = 32;
+constexpr int64_t kSegmentsAhead = 24, kRowsAhead = 24;
 constexpr int64_t kBytesAhead = 1024;  // of a row: the processor foresees the rest
 constexpr int64_t kColumnVectors = 4;
 
@@ -200,26 +200,6 @@ void sum_rows(const S* rows, const int64_t* positions, int64_t count, int64_t kn
     }
 }
 
-template <Capability C, typename Id>
-int64_t copy_rows(const Rows& table, const Id* ids, int64_t n, char* out) {
-    const int64_t bytes = table.bytes;
-    const auto has = [&](int64_t i) { return ids[i] >= 0 && ids[i] < table.rows; };
-    for (int64_t i = 0; i < n; ++i) {
-        const int64_t ahead = i + kIdsAhead;
-        if (ahead < n && has(ahead)) prefetch(table.data + ids[ahead] * bytes, columns_ahead<char>(bytes));
-        if (!has(i)) return i;
-        const char* const row = table.data + ids[i] * bytes;
-        char* const copy = out + i * bytes;
-        if (bytes < kVectorBytes) {
-            if (bytes > 0) std::memcpy(copy, row, bytes);
-            continue;
-        }
-        for (int64_t b = 0; b + kVectorBytes < bytes; b += kVectorBytes) std::memcpy(copy + b, row + b, kVectorBytes);
-        std::memcpy(copy + bytes - kVectorBytes, row + bytes - kVectorBytes, kVectorBytes);  // some bytes of it again
-    }
-    return n;
-}
-
 template <Capability C, typename S>
 bool all_finite(const S* numbers, int64_t n) {
     using T = Compute<S>;
@@ -294,8 +274,6 @@ void update_rows(const TableUpdate<S>& update, const Rule<Compute<S>>& rule, int
     template void sum_rows<kCapability>(const S*, const int64_t*, int64_t, int64_t, int64_t, Compute<S>*);              \
     template bool all_finite<kCapability>(const S*, int64_t);
 
-template int64_t copy_rows<kCapability>(const Rows&, const int32_t*, int64_t, char*);
-template int64_t copy_rows<kCapability>(const Rows&, const int64_t*, int64_t, char*);
 DIEN_OPS_INSTANTIATE(float)
 DIEN_OPS_INSTANTIATE(double)
 DIEN_OPS_INSTANTIATE(BFloat16)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Lookup and sparse updates of an embedding table with mini-batch aware L2 (DIN eq. 7). Kernels: raw pointers, a range to work
+// Sparse updates of an embedding table with mini-batch aware L2 (DIN eq. 7). Kernels: raw pointers, a range to work
 // on. D embedding dimension, N gradient rows of the mini-batch. S is how weights and gradients are stored, T = Compute<S> what
 // is computed in and what the rules keep of the past.
 #pragma once
@@ -74,16 +74,6 @@ constexpr int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
 // count: so many positions are there, the rows behind the first count being what is summed next.
 template <Capability C, typename S>
 void sum_rows(const S* rows, const int64_t* positions, int64_t count, int64_t known, int64_t dim, Compute<S>* sum);
-
-// A table whatever it holds.
-struct Rows {
-    const char* data;
-    int64_t rows, bytes;  // bytes: of a row
-};
-
-// Copies the rows of n ids to out, up to the first id that is not in the table. Returns how many.
-template <Capability C, typename Id>
-int64_t copy_rows(const Rows& table, const Id* ids, int64_t n, char* out);
 
 // Whether none of the n numbers is infinite or NaN.
 template <Capability C, typename S>

@@ -174,39 +174,6 @@ void mba_check(const Tensors& weights, const Tensors& ids, const Tensors& grads,
     with_storage_type(a.dtype, "weight", [&](auto stored) { skipped_tables<decltype(stored)>(tables, a.nonfinite); });
 }
 
-// The rows of the ids: [*ids.shape, D].
-Tensor embedding(const Tensor& weight, const Tensor& ids) {
-    check(weight.dim() == 2, "weight must be 2-D, got ", weight.dim(), "-D");
-    check(is_integer(ids.scalar_type()), "ids must be int32 or int64");
-    check(weight.is_cpu() && ids.is_cpu(), "weight and ids must be on the CPU");
-    check(weight.is_contiguous(), "weight must be contiguous: it is never copied");
-    std::vector<int64_t> sizes = sizes_of(ids);
-    sizes.push_back(weight.size(1));
-    const Tensor dense = ids.is_contiguous() ? ids : torch::stable::contiguous(ids);
-    const Tensor result = torch::stable::empty(sizes, weight.scalar_type());  // much less than a table: ordinary pages do
-    const cpu::Rows table{static_cast<const char*>(weight.const_data_ptr()), weight.size(0),
-                          weight.size(1) * static_cast<int64_t>(weight.element_size())};
-    char* const out = static_cast<char*>(result.mutable_data_ptr());
-    const auto copy = [&](const auto* id) {
-        Smallest wrong;
-        cpu::with_capability([&](auto target) {
-            const auto copy_range = [&](int64_t begin, int64_t end) {
-                const int64_t copied = cpu::copy_rows<target()>(table, id + begin, end - begin, out + begin * table.bytes);
-                if (copied < end - begin) wrong.report(begin + copied);
-            };
-            parallel_ranges(ids.numel(), copy_range, 1 + (1 << 15) / std::max<int64_t>(table.bytes, 1));
-        });
-        if (wrong.none()) return;
-        check(false, "ids must be in 0..", table.rows - 1, ", got ", id[wrong.value()], " at position ", wrong.value());
-    };
-    if (dense.scalar_type() == ScalarType::Int) {
-        copy(pointer<int32_t>(dense));
-    } else {
-        copy(pointer<int64_t>(dense));
-    }
-    return result;
-}
-
 void advise_table(const Tensor& table) {
     check(table.is_contiguous(), "table must be contiguous");
     advise_huge_pages(table.mutable_data_ptr(), table.numel() * table.element_size());
@@ -220,7 +187,6 @@ STABLE_TORCH_LIBRARY_IMPL(dien_ops, CPU, m) {
     m.impl("mba_rowwise_adagrad_", TORCH_BOX(&mba_rowwise_adagrad_));
     m.impl("mba_adam_", TORCH_BOX(&mba_adam_));
     m.impl("mba_check", TORCH_BOX(&mba_check));
-    m.impl("embedding", TORCH_BOX(&embedding));
     m.impl("advise_huge_pages", TORCH_BOX(&advise_table));
 }
 
