@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -102,6 +104,33 @@ def with_threads(count: int, f: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
         return [x.clone() for x in f()]
     finally:
         torch.set_num_threads(before)
+
+
+T = TypeVar("T")
+
+
+def captured(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph of the call, and what a replay writes its results to. The call takes place once before, for allocations
+    and modules."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+@contextlib.contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """For a CUDA device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def run_python(code: str, cwd: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

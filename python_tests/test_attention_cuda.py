@@ -14,8 +14,10 @@ from dien_ops import _precision, functional, reference
 from helpers import (
     assert_at_most_twice_torchs_error,
     assert_close,
+    captured,
     rounded_to_tf32,
     spread_lengths,
+    waiting_is_an_error,
 )
 
 ON_CUDA = pytest.mark.usefixtures("cuda_kernels")
@@ -137,26 +139,16 @@ def step(given: list[Tensor], lengths: Tensor) -> list[Tensor]:
 def test_a_training_step_replays_from_a_cuda_graph(on_device, targets):
     sizes = (40, targets, 9, 36, 18)
     given, lengths = arguments(sizes, torch.float32), spread_lengths(40, 9)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(given, lengths)  # allocations and modules before the capture
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(given, lengths)
+    graph, replayed = captured(lambda: step(given, lengths))
     other, other_lengths = arguments(sizes, torch.float32), spread_lengths(40, 9)
     with torch.no_grad():
         for to, x in zip([*given, lengths], [*other, other_lengths], strict=True):
             to.copy_(x)
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, step(other, other_lengths), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(replayed, step(other, other_lengths), strict=True))
 
 
 def test_nothing_waits_for_the_device(on_device):
     given, lengths = arguments((9, 6, 9, 36, 18), torch.float32), spread_lengths(9, 9)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         step(given, lengths)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -17,11 +17,13 @@ from helpers import (
     assert_at_most_twice_torchs_error,
     assert_close,
     begins_anywhere,
+    captured,
     gradients,
     leaf,
     run_python,
     second_derivatives,
     spread_lengths,
+    waiting_is_an_error,
     with_threads,
 )
 
@@ -541,29 +543,19 @@ def step(tensors: list[Tensor], lengths: Tensor) -> list[Tensor]:
 
 def test_a_training_step_replays_from_a_cuda_graph(on_device):
     tensors, lengths = sequences(40, 9, 36, dtype=torch.float32), spread_lengths(40, 9)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(tensors, lengths)  # allocations and modules before the capture
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(tensors, lengths)
+    graph, replayed = captured(lambda: step(tensors, lengths))
     others, other_lengths = sequences(40, 9, 36, dtype=torch.float32), spread_lengths(40, 9)
     with torch.no_grad():
         for to, x in zip([*tensors, lengths], [*others, other_lengths], strict=True):
             to.copy_(x)
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, step(others, other_lengths), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(replayed, step(others, other_lengths), strict=True))
 
 
 def test_nothing_waits_for_the_device(on_device):
     tensors, lengths = sequences(40, 9, 36, dtype=torch.float32), spread_lengths(40, 9)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         step(tensors, lengths)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_length_beyond_the_steps_is_named_before_the_context_is_lost(on_device):

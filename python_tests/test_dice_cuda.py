@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dice_cases import F64, LOW, arguments, results, running
 from dien_ops import functional
-from helpers import assert_same_bits, spread_lengths
+from helpers import assert_same_bits, captured, spread_lengths, waiting_is_an_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64], ids=str)
@@ -47,31 +47,21 @@ def test_nothing_waits_for_the_device(on_device):
         running(24, torch.float32),
         spread_lengths(9, 7),
     )
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         step(given, averages, lengths), step(given, averages, None)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_training_step_replays_from_a_cuda_graph(on_device, dtype):
     given, averages, lengths = arguments((90, 7, 24), dtype=dtype), running(24, torch.float32), spread_lengths(90, 7)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(given, averages, lengths)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(given, averages, lengths)
+    graph, replayed = captured(lambda: step(given, averages, lengths))
     other, other_lengths = arguments((90, 7, 24), dtype=dtype), spread_lengths(90, 7)
     with torch.no_grad():
         for name, x in given.items():
             x.copy_(other[name])
         lengths.copy_(other_lengths)
     graph.replay()
-    assert_same_bits(captured, step(other, averages, other_lengths))
+    assert_same_bits(replayed, step(other, averages, other_lengths))
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from dien_ops import functional, reference
 from embedding_cases import (
     ANY_DTYPE,
     COUNT_TYPES,
@@ -19,8 +21,6 @@ from embedding_cases import (
     operator_lists,
     skewed_ids,
 )
-
-from dien_ops import functional, reference
 from helpers import assert_at_most_twice_torchs_error, assert_close, with_threads
 
 

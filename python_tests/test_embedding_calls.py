@@ -7,6 +7,9 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
+from dien_ops import functional, reference
 from embedding_cases import (
     ANY_DTYPE,
     EVERY_RULE,
@@ -17,10 +20,7 @@ from embedding_cases import (
     call_operator,
     skewed_ids,
 )
-from torch import Tensor
-
-from dien_ops import functional, reference
-from helpers import assert_close, with_threads
+from helpers import assert_close, captured, waiting_is_an_error, with_threads
 
 # ------------------------------------------------------------------------------------------------ several tables
 
@@ -281,26 +281,17 @@ def test_lazy_decay_stands_still_where_nothing_may_change():
 def test_nothing_waits_for_the_device(on_device):
     tables = [Table(rule, dtype=torch.float32) for rule in STATES]
     ids, grad, scale, found = skewed_ids(90, 11), torch.randn(90, 5), torch.ones(()), torch.zeros(())
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         for table in tables:
             table.update(functional, ids, grad, nonfinite="skip", grad_scale=scale, found_inf=found)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @EVERY_RULE
 def test_an_update_replays_from_a_cuda_graph(on_device, rule):
     table, ids, grad = Table(rule, dtype=torch.float32), skewed_ids(90, 11), torch.randn(90, 5)
-    expected, side = table.copy(), torch.cuda.Stream()
+    expected = table.copy()
     for _ in range(2):
         expected.update(functional, ids, grad)
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        table.update(functional, ids, grad)  # allocations and modules before the capture
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        table.update(functional, ids, grad)
+    graph, _ = captured(lambda: table.update(functional, ids, grad))
     graph.replay()
     assert bits(table.tensors) == bits(expected.tensors)

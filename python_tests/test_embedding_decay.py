@@ -9,13 +9,13 @@ import math
 
 import pytest
 import torch
-from embedding_cases import ANY_DTYPE, EVERY_DECAY, EVERY_RULE, F64, BruteForce, Table, bits, skewed_ids
-from optim_cases import EVERY_OPTIMIZER, give_gradient, make, table
 from torch import Tensor
 
 import dien_ops
 from dien_ops import functional, optim, reference
+from embedding_cases import ANY_DTYPE, EVERY_DECAY, EVERY_RULE, F64, BruteForce, Table, bits, skewed_ids
 from helpers import assert_at_most_twice_torchs_error, assert_close
+from optim_cases import EVERY_OPTIMIZER, give_gradient, make, table
 
 STEPS = 200
 

@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from embedding_cases import EVERY_RULE, F64, Table, bits, call_operator, function_of, operator_lists
 
 from dien_ops import functional
+from embedding_cases import EVERY_RULE, F64, Table, bits, call_operator, function_of, operator_lists
 from helpers import here, run_python, with_threads
 
 IDS, GRAD = torch.tensor([1, 2]), torch.zeros(2, 5, dtype=F64)

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from embedding_cases import BIT16, EVERY_DECAY, EVERY_RULE, Table, bits, skewed_ids
 from torch import Tensor
 
 import dien_ops
 from dien_ops import functional, reference
+from embedding_cases import BIT16, EVERY_DECAY, EVERY_RULE, Table, bits, skewed_ids
 from helpers import assert_at_most_twice_torchs_error, assert_close, run_python
 
 EVERY_16_BIT = pytest.mark.parametrize("dtype", BIT16, ids=str)

@@ -29,8 +29,10 @@ from helpers import (
     assert_close,
     assert_same_bits,
     begins_anywhere,
+    captured,
     rounded_to_tf32,
     run_python,
+    waiting_is_an_error,
 )
 
 pytestmark = pytest.mark.usefixtures("cuda_kernels")
@@ -256,31 +258,21 @@ def step(case):
 
 def test_nothing_waits_for_the_device(on_device):
     case = Case("paper", batch=9)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         step(case)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_training_step_replays_from_a_cuda_graph(on_device, dtype):
     case = Case("paper", batch=40, steps=9, hidden=36, dtype=dtype)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(case)  # allocations and modules before the capture
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(case)
+    graph, replayed = captured(lambda: step(case))
     other = Case("paper", batch=40, steps=9, hidden=36, dtype=dtype)
     with torch.no_grad():
         for to, x in zip(case.tensors, other.tensors, strict=True):
             to.copy_(x)
         case.options["lengths"].copy_(other.options["lengths"])
     graph.replay()
-    assert_same_bits(captured, step(other))
+    assert_same_bits(replayed, step(other))
 
 
 def test_work_goes_to_the_callers_stream(on_device):

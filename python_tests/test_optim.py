@@ -11,11 +11,11 @@ from functools import partial
 
 import pytest
 import torch
-from embedding_cases import ANY_DTYPE, bits
-from optim_cases import EVERY_OPTIMIZER, batches, loss_of, make, states, table, train
 from torch import Tensor, nn
 
 from dien_ops import optim
+from embedding_cases import ANY_DTYPE, bits
+from optim_cases import EVERY_OPTIMIZER, batches, loss_of, make, states, table, train
 
 TORCHS = {  # optimizer, ours, whether it takes sparse gradients, whether it treats absent rows as ours does
     "SGD": (partial(torch.optim.SGD, lr=0.1), "sgd", True, True),

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from embedding_cases import bits
-from optim_cases import EVERY_OPTIMIZER, OPTIMIZERS, batches, give_gradient, loss_of, make, states, table, train
 from torch import nn
 
 from dien_ops import optim
+from embedding_cases import bits
+from optim_cases import EVERY_OPTIMIZER, OPTIMIZERS, batches, give_gradient, loss_of, make, states, table, train
 
 NOBODY_WAITS = "nobody waits for the values there"
 

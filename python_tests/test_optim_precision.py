@@ -8,13 +8,13 @@ import math
 
 import pytest
 import torch
-from embedding_cases import BIT16, bits
-from optim_cases import EVERY_OPTIMIZER, batches, give_gradient, make, states, table, train
 from torch import Tensor, nn
 
 from dien_ops import optim
 from dien_ops._optimizer import _mixed
+from embedding_cases import BIT16, bits
 from helpers import assert_close
+from optim_cases import EVERY_OPTIMIZER, batches, give_gradient, make, states, table, train
 
 EVERY_16_BIT = pytest.mark.parametrize("dtype", BIT16, ids=str)
 

@@ -15,6 +15,7 @@
 
 #include "cpu/embedding.h"
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
@@ -186,16 +187,21 @@ template <Capability C, typename S>
 void sum_rows(const S* rows, const int64_t* positions, int64_t count, int64_t known, int64_t dim, Compute<S>* sum) {
     constexpr int64_t kSize = Vec<Compute<S>>::kSize;
     for (int64_t d = 0; d < dim; d += kColumnVectors * kSize) {
-        const int64_t left = dim - d, ahead = d == 0 ? known : 0;  // the first pass fetches for all
-        const int64_t n = (left - 1) % kSize + 1;                  // in the last vector
-        if (left > 3 * kSize) {
-            sum_columns<4>(rows, positions, count, ahead, dim, d, left >= 4 * kSize ? kSize : n, sum);
-        } else if (left > 2 * kSize) {
-            sum_columns<3>(rows, positions, count, ahead, dim, d, n, sum);
-        } else if (left > kSize) {
-            sum_columns<2>(rows, positions, count, ahead, dim, d, n, sum);
-        } else {
-            sum_columns<1>(rows, positions, count, ahead, dim, d, n, sum);
+        const int64_t columns = std::min(dim - d, kColumnVectors * kSize);
+        const int64_t n = (columns - 1) % kSize + 1;   // in the last vector
+        const int64_t fetchable = d == 0 ? known : 0;  // the first pass fetches for all
+        switch ((columns + kSize - 1) / kSize) {
+            case 1:
+                sum_columns<1>(rows, positions, count, fetchable, dim, d, n, sum);
+                break;
+            case 2:
+                sum_columns<2>(rows, positions, count, fetchable, dim, d, n, sum);
+                break;
+            case 3:
+                sum_columns<3>(rows, positions, count, fetchable, dim, d, n, sum);
+                break;
+            default:
+                sum_columns<kColumnVectors>(rows, positions, count, fetchable, dim, d, n, sum);
         }
     }
 }

@@ -48,6 +48,11 @@ void parallel_parts(int64_t count, int64_t parts, F&& f) {
     });
 }
 
+template <typename F>
+void parallel_parts(int64_t count, F&& f) {
+    parallel_parts(count, parts_of(count), f);
+}
+
 // The smallest of the numbers that threads report.
 class Smallest {
   public:
@@ -167,7 +172,7 @@ void for_tables(const std::vector<int64_t>& first, int64_t begin, int64_t end, F
 inline Buffer<uint64_t> make_keys(const std::vector<Table>& tables, const Numbering& numbering, bool check_ids) {
     Buffer<uint64_t> keys(numbering.positions());
     Smallest wrong;
-    parallel_parts(numbering.positions(), parts_of(numbering.positions()), [&](int64_t, int64_t begin, int64_t end) {
+    parallel_parts(numbering.positions(), [&](int64_t, int64_t begin, int64_t end) {
         for_tables(numbering.first_position, begin, end, [&](int64_t t, int64_t from, int64_t to) {
             const TableArguments& table = tables[t].arguments;
             const int64_t rows = table.num_embeddings, padding = table.padding, none = numbering.rows();
@@ -198,7 +203,7 @@ inline Buffer<uint64_t> make_keys(const std::vector<Table>& tables, const Number
 // Throws where the count of an id that is to be updated cannot be divided by. (Grouping checks that too, once for each row.)
 inline void check_counts(const std::vector<Table>& tables, const Numbering& numbering) {
     Smallest wrong;
-    parallel_parts(numbering.positions(), parts_of(numbering.positions()), [&](int64_t, int64_t begin, int64_t end) {
+    parallel_parts(numbering.positions(), [&](int64_t, int64_t begin, int64_t end) {
         for_tables(numbering.first_position, begin, end, [&](int64_t t, int64_t from, int64_t to) {
             for (int64_t i = from; i < to; ++i) {
                 const int64_t id = tables[t].id(i - numbering.first_position[t]);
@@ -268,9 +273,7 @@ inline void sort_keys(Buffer<uint64_t>& keys, int64_t n, int low, uint64_t bound
         for (int64_t share = 0; share < parts; ++share) offsets[share * parts + part] = counts[share];
     });
     std::exclusive_scan(offsets.begin(), offsets.end(), offsets.begin(), int64_t{0});
-    std::vector<int64_t> first;  // place of each share, and at the end of all
-    for (int64_t share = 0; share < parts; ++share) first.push_back(offsets[share * parts]);
-    first.push_back(n);
+    offsets.push_back(n);  // where a share more would begin
     parallel_parts(n, parts, [&](int64_t part, int64_t begin, int64_t end) {
         std::vector<int64_t> next(parts);
         for (int64_t share = 0; share < parts; ++share) next[share] = offsets[share * parts + part];
@@ -278,7 +281,7 @@ inline void sort_keys(Buffer<uint64_t>& keys, int64_t n, int low, uint64_t bound
     });
     parallel_ranges(parts, [&](int64_t begin, int64_t end) {
         for (int64_t share = begin; share < end; ++share) {
-            const int64_t place = first[share], size = first[share + 1] - place;
+            const int64_t place = offsets[share * parts], size = offsets[(share + 1) * parts] - place;
             radix_sort(sorted.data() + place, keys.data() + place, size, low, first_key[share], first_key[share + 1] - 1);
         }
     });
@@ -414,7 +417,7 @@ int64_t first_nonfinite(const Table& table) {
     const int64_t dim = table.arguments.dim;
     Smallest found;
     cpu::with_capability([&](auto target) {
-        parallel_parts(table.arguments.batch(), parts_of(table.arguments.batch()), [&](int64_t, int64_t begin, int64_t end) {
+        parallel_parts(table.arguments.batch(), [&](int64_t, int64_t begin, int64_t end) {
             if (cpu::all_finite<target()>(grads + begin * dim, (end - begin) * dim)) return;
             for (int64_t i = begin; i < end; ++i) {
                 if (table.updates(table.id(i)) && !cpu::all_finite<target()>(grads + i * dim, dim)) return found.report(i);
